@@ -1,0 +1,1 @@
+"""What a client does with one message: the ClientApp, its resident trainer, local training."""

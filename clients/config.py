@@ -1,0 +1,70 @@
+"""The part of the run-config that a client reads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mops_fl.config import (
+    AdapterConfig,
+    BackboneConfig,
+    DataConfig,
+    PretrainConfig,
+    Scalar,
+    TrainConfig,
+    read_section,
+    require_at_least,
+    section_keys,
+)
+from mops_fl.errors import InputError
+from partitioning.registry import PartitionConfig
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The trainer's own settings.
+
+    Attributes:
+        eval_rows: test rows that are measured, spread evenly over the tasks; 0 for all.
+        cache_megabytes: most memory for frozen hidden states, in MiB; 0 computes them anew each time.
+    """
+
+    eval_rows: int
+    cache_megabytes: int
+
+    def __post_init__(self) -> None:
+        require_at_least("eval-rows", self.eval_rows, 0)
+        require_at_least("cache-megabytes", self.cache_megabytes, 0)
+
+
+_SECTIONS = (BackboneConfig, DataConfig, AdapterConfig, PretrainConfig, TrainConfig, PartitionConfig, TrainerConfig)
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """Everything a client, and the trainer behind it, needs to know."""
+
+    backbone: BackboneConfig
+    data: DataConfig
+    adapter: AdapterConfig
+    pretrain: PretrainConfig
+    train: TrainConfig
+    partition: PartitionConfig
+    trainer: TrainerConfig
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Scalar]) -> "ClientConfig":
+        """Read the sections.
+
+        Raises:
+            InputError: a key is missing or holds a bad value.
+        """
+        try:
+            return cls(*(read_section(section, run_config) for section in _SECTIONS))
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    @staticmethod
+    def keys() -> set[str]:
+        """The run-config keys read here."""
+        return section_keys(*_SECTIONS)

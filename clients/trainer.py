@@ -1,0 +1,274 @@
+"""The resident trainer: one per device, owner of the only frozen model, however many clients there are.
+
+Clients hand in requests that name their cohort. The first member to arrive sets the whole cohort training; the
+others are answered from the same batch. So who is trained with whom depends on the request alone, never on who
+arrived first, a cohort cannot wait for a member that is stuck in a queue, and a request that is sent again, to a
+trainer that was started again, gets the same answer.
+"""
+
+import hashlib
+import os
+import resource
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+from clients.config import ClientConfig
+from clients.local_training import ClientRows, train_cohort
+from mops_fl.adapter import Adapter, AdapterState
+from mops_fl.backbone import Backbone
+from mops_fl.config import Scalar
+from mops_fl.data import Row, TaskData, load_task_data
+from mops_fl.encoding import EncodedRow, RowEncoder
+from mops_fl.errors import InputError
+from mops_fl.evaluation import Evaluation, evaluate, evaluate_bare
+from mops_fl.model import PromptedModel, RowStates, check_inject_layer
+from mops_fl.payload import INPUT_PROMPTS, Arrays, ClientInfo, TrainRequest, TrainResult
+from mops_fl.pretraining import pretrain
+from mops_fl.state_cache import StateCache
+from partitioning.manifest import build_manifest
+from partitioning.registry import partition_rows
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the server starts round 1 from.
+
+    Attributes:
+        adapter: the initial adapter, name -> float32.
+        frozen: the input prompts P1 under their wire name.
+        gate_accuracy: see `mops_fl.pretraining.Pretrained`.
+    """
+
+    adapter: Arrays
+    frozen: Arrays
+    gate_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Facts about data and model that only the trainer knows.
+
+    Attributes:
+        tasks: task names.
+        data_description: where the rows come from.
+        data_is_sample: whether they are the bundled sample.
+        rows: number of rows per part: train, test, server, truncated (of the first three).
+        manifest: the partition, see `partitioning.manifest`.
+        dtype: of the backbone's hidden states.
+        device: where it runs.
+        hidden_size: the backbone's.
+        num_layers: the backbone's.
+    """
+
+    tasks: tuple[str, ...]
+    data_description: str
+    data_is_sample: bool
+    rows: Mapping[str, int]
+    manifest: dict[str, Any]
+    dtype: str
+    device: str
+    hidden_size: int
+    num_layers: int
+
+
+class Trainer:
+    """Trains cohorts, evaluates and pretrains on one frozen model; safe to call from many threads.
+
+    Everything runs on one worker thread, in the order it was asked for.
+    """
+
+    def __init__(self, run_config: Mapping[str, Scalar]) -> None:
+        """Keep the config; data and model are loaded when first needed.
+
+        Raises:
+            InputError: the config is not valid.
+        """
+        self._config = ClientConfig.from_run_config(run_config)
+        self._worker = ThreadPoolExecutor(max_workers=1, initializer=_use_all_cores)
+        self._lock = threading.Lock()
+        self._cohorts: dict[tuple[Any, ...], Future[dict[int, TrainResult]]] = {}
+        self._model: tuple[bytes, PromptedModel] | None = None
+        self._encoded: dict[int, EncodedRow] = {}
+
+    def setting(self) -> Setting:
+        """Load data and model and say what they are.
+
+        Raises:
+            InputError: no such model or data, or a layer that the model does not have.
+        """
+        return self._run(self._setting)
+
+    def describe(self, partition_id: int) -> ClientInfo:
+        """What a client answers when asked who it is."""
+        num_examples = len(self._run(lambda: self._rows_of(partition_id)))
+        return ClientInfo(partition_id, num_examples, trainer="shared")
+
+    def prepare(self) -> Start:
+        """Pretrain the input prompts and the gate on the server's rows."""
+        return self._run(self._prepare)
+
+    def evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
+        """Measure an adapter on the test rows."""
+        return self._run(lambda: self._evaluate(adapter, frozen))
+
+    def evaluate_bare(self) -> Evaluation:
+        """Measure the backbone without prompts on the test rows."""
+        return self._run(self._evaluate_bare)
+
+    def train(self, partition_id: int, request: TrainRequest) -> TrainResult:
+        """Train the cohort named in the request, once, and return this client's part of it.
+
+        Raises:
+            InputError: the client has no rows.
+        """
+        key = (request.server_round, request.cohort, _digest(request.adapter))
+        with self._lock:
+            if key not in self._cohorts:
+                current = {k: f for k, f in self._cohorts.items() if k[0] == request.server_round}
+                self._cohorts = {**current, key: self._worker.submit(self._train_cohort, request)}
+            cohort = self._cohorts[key]
+        results = cohort.result()
+        if partition_id not in results:
+            raise InputError(f"Client {partition_id} has no rows to train on; ask another one.")
+        return results[partition_id]
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory this process has held: on the GPU if there is one, else resident."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _run(self, task: Callable[[], Answer]) -> Answer:
+        return self._worker.submit(task).result()
+
+    @cached_property
+    def _data(self) -> TaskData:
+        return load_task_data(self._config.data)
+
+    @cached_property
+    def _rows_per_client(self) -> list[list[int]]:
+        try:
+            return partition_rows([row.task for row in self._data.train], config=self._config.partition)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        backbone = Backbone.load(self._config.backbone)
+        check_inject_layer(self._config.adapter.inject_layer, backbone)
+        return backbone
+
+    @cached_property
+    def _encoder(self) -> RowEncoder:
+        return RowEncoder(self._backbone.tokenizer, self._config.data, self._data.tasks)
+
+    @cached_property
+    def _test_rows(self) -> list[EncodedRow]:
+        # By length: rows of a packed batch then fill it alike, whatever its tasks.
+        rows = self._encode(self._data.evaluation_rows(self._config.trainer.eval_rows))
+        return sorted(rows, key=lambda row: (len(row.token_ids), row.row_id))
+
+    def _encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
+        for row in rows:
+            if row.row_id not in self._encoded:
+                self._encoded[row.row_id] = self._encoder.encode(row)
+        return [self._encoded[row.row_id] for row in rows]
+
+    def _setting(self) -> Setting:
+        data = self._data
+        train, test, server = (self._encode(part) for part in (data.train, data.test, data.server))
+        return Setting(
+            tasks=data.tasks,
+            data_description=data.description,
+            data_is_sample=data.is_sample,
+            rows={
+                "train": len(train),
+                "test": len(self._test_rows),
+                "server": len(server),
+                "truncated": sum(row.truncated for row in [*train, *test, *server]),
+            },
+            manifest=build_manifest(
+                self._rows_per_client, [row.task for row in data.train], self._config.partition
+            ),
+            dtype=str(self._backbone.dtype).removeprefix("torch."),
+            device=torch.cuda.get_device_name() if self._backbone.device.type == "cuda" else "cpu",
+            hidden_size=self._backbone.hidden_size,
+            num_layers=self._backbone.num_layers,
+        )
+
+    def _prepare(self) -> Start:
+        generator = torch.Generator().manual_seed(self._config.partition.seed)
+        start = pretrain(
+            self._backbone,
+            self._encode(self._data.server),
+            self._config.adapter,
+            self._config.pretrain,
+            generator,
+        )
+        adapter = {name: tensor.numpy() for name, tensor in start.adapter.items()}
+        return Start(adapter, {INPUT_PROMPTS: start.input_prompts.numpy()}, start.gate_accuracy)
+
+    def _evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
+        model = self._prompted_model(frozen)
+        return evaluate(model, Adapter([_tensors(adapter)]).to(self._backbone.device), self._test_rows, self._data.tasks)
+
+    def _evaluate_bare(self) -> Evaluation:
+        no_prompts = {INPUT_PROMPTS: torch.zeros(0, self._backbone.hidden_size).numpy()}
+        model = PromptedModel(self._backbone, self._config.adapter, _tensors(no_prompts)[INPUT_PROMPTS], StateCache(0))
+        return evaluate_bare(model, self._test_rows, self._data.tasks)
+
+    def _train_cohort(self, request: TrainRequest) -> dict[int, TrainResult]:
+        model = self._prompted_model({INPUT_PROMPTS: request.input_prompts})
+        clients = {
+            partition_id: ClientRows(
+                self._encode([self._data.train[index] for index in rows]),
+                seed=(self._config.partition.seed, request.server_round, partition_id),
+            )
+            for partition_id in request.cohort
+            if (rows := self._rows_of(partition_id))
+        }
+        results = train_cohort(model, _tensors(request.adapter), list(clients.values()), self._config.train)
+        return dict(zip(clients, results, strict=True))
+
+    def _rows_of(self, partition_id: int) -> list[int]:
+        if not 0 <= partition_id < len(self._rows_per_client):
+            raise InputError(
+                f"There is no client {partition_id}: num-clients is {len(self._rows_per_client)}; "
+                "start as many SuperNodes as num-clients."
+            )
+        return self._rows_per_client[partition_id]
+
+    def _prompted_model(self, frozen: Arrays) -> PromptedModel:
+        """The model with these input prompts; its cached states live as long as the prompts stay the same."""
+        digest = _digest(frozen)
+        if self._model is None or self._model[0] != digest:
+            cache: StateCache[RowStates] = StateCache(self._config.trainer.cache_megabytes << 20)
+            prompts = _tensors(frozen)[INPUT_PROMPTS]
+            self._model = (digest, PromptedModel(self._backbone, self._config.adapter, prompts, cache))
+        return self._model[1]
+
+
+def _tensors(arrays: Arrays) -> AdapterState:
+    return {name: torch.tensor(array) for name, array in arrays.items()}
+
+
+def _digest(arrays: Arrays) -> bytes:
+    digest = hashlib.blake2b()
+    for name, array in arrays.items():
+        digest.update(name.encode())
+        digest.update(array.tobytes())
+    return digest.digest()
+
+
+def _use_all_cores() -> None:
+    # Ray tells the processes it starts to use one core; the trainer is the one that should use all of them.
+    torch.set_num_threads(min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0))))

@@ -1,0 +1,1 @@
+"""What people run: Flower apps as folders of configuration, the ServerApp, the commands, the run folder."""

@@ -1,0 +1,65 @@
+"""The whole run-config of an experiment, read once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from clients.config import ClientConfig
+from mops_fl.adapter import is_gated
+from mops_fl.config import Scalar, read_section, require_at_least, require_choice, section_keys
+from mops_fl.errors import InputError
+from strategies.fedprompt import WEIGHTINGS
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Rounds, sampling and evaluation.
+
+    Attributes:
+        clients_per_round: clients sampled in each round (paper: 10).
+        num_server_rounds: rounds (paper: 20).
+        cohort_size: most clients trained in one batch.
+        weighting: `uniform` (paper) or `num-examples`.
+        evaluate_every: rounds between two evaluations; the start and the last round are always evaluated.
+        output_dir: the run's folder; empty: `runs/<dataset>-<method>-<UTC time>`.
+        resume: go on from the last complete round in `output_dir`.
+    """
+
+    clients_per_round: int
+    num_server_rounds: int
+    cohort_size: int
+    weighting: str
+    evaluate_every: int
+    output_dir: str
+    resume: bool
+
+    def __post_init__(self) -> None:
+        require_choice("weighting", self.weighting, WEIGHTINGS)
+        for name in ("clients_per_round", "num_server_rounds", "cohort_size", "evaluate_every"):
+            require_at_least(name.replace("_", "-"), getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run is made of."""
+
+    client: ClientConfig
+    federation: FederationConfig
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Scalar]) -> "ExperimentConfig":
+        """Read and check every key.
+
+        Raises:
+            InputError: a key is missing, unknown, of the wrong type or out of range, or two keys contradict.
+        """
+        known = ClientConfig.keys() | section_keys(FederationConfig)
+        if unknown := sorted(set(run_config) - known):
+            raise InputError(f"Unknown run-config key `{unknown[0]}`; known are: {', '.join(sorted(known))}.")
+        config = cls(ClientConfig.from_run_config(run_config), read_section(FederationConfig, run_config))
+        is_gated(config.client.adapter.method)
+        num_clients, per_round = config.client.partition.num_clients, config.federation.clients_per_round
+        if per_round > num_clients:
+            raise InputError(
+                f"`clients-per-round` is {per_round}, but `num-clients` is {num_clients}; lower one or raise the other."
+            )
+        return config

@@ -1,0 +1,319 @@
+"""The folder a run leaves behind; every table, plot and report is made from it alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
+
+import tomli_w
+
+from mops_fl.errors import InputError
+
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+PARTITION = "partition.json"
+ALL_TASKS = "all"
+PACKAGES = ("mops-fl", "flwr", "torch", "transformers", "ray", "datasets", "numpy", "peft")
+
+T = TypeVar("T")
+ConfigValue: TypeAlias = bool | int | float | str
+
+
+class Point(NamedTuple):
+    """One value of a metric; NaN where the run measured no finite one."""
+
+    round: int
+    client_steps: int
+    value: float
+
+
+class RunFolder:
+    """One run's folder; only its configuration is kept in memory, so a run can be read while it writes."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        """Take the folder ``path`` whose config.toml says ``manifest``; see ``create`` and ``open``."""
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, path: Path, config: Mapping[str, ConfigValue]) -> RunFolder:
+        """Make a new run folder and write its config.toml.
+
+        Args:
+            path: a folder that does not exist yet, or is empty.
+            config: every resolved run-config value, by its kebab-case name.
+
+        Raises:
+            InputError: if the folder holds something already, or cannot be written.
+        """
+        manifest = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": list(sys.argv),
+            **_git_revision(),
+            "config": dict(config),
+            "versions": _versions(),
+            "machine": _machine(),
+        }
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            occupied = any(path.iterdir())
+            if not occupied:
+                (path / CONFIG).write_text(tomli_w.dumps(manifest), encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"The run folder {path} cannot be written ({error.strerror}); choose another output-dir."
+            ) from error
+        if occupied:
+            raise InputError(f"The run folder {path} is not empty; choose another output-dir or empty it.")
+        return cls(path, manifest)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open an existing run folder, and read each of its files once to find out that they are whole.
+
+        Raises:
+            InputError: if ``path`` is no run folder, or a file in it is corrupt (the message names the file).
+        """
+        if not (path / CONFIG).is_file():
+            raise InputError(
+                f"{path} is not a run folder (it has no {CONFIG}); name a folder that a run has left."
+            )
+        manifest = _read(path / CONFIG, tomllib.loads)
+        if not isinstance(manifest.get("config"), dict):
+            raise InputError(f"{path / CONFIG} has no [config] table; restore it or run again.")
+        run = cls(path, manifest)
+        _ = run.summary, run.partition, run.metrics()
+        return run
+
+    @property
+    def config(self) -> dict[str, ConfigValue]:
+        """Every resolved run-config value, by its kebab-case name."""
+        return dict(self.manifest["config"])
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What summary.json says, or None as long as the run has not ended."""
+        return self._read_json(SUMMARY)
+
+    @property
+    def partition(self) -> dict[str, Any] | None:
+        """What partition.json says about which client owns which rows, or None if there is no such file."""
+        return self._read_json(PARTITION)
+
+    def log(
+        self,
+        *,
+        round: int,
+        client_steps: int,
+        split: str,
+        task: str,
+        metric: str,
+        value: float,
+        seconds: float,
+    ) -> None:
+        """Append one line to metrics.jsonl; a value that is not finite becomes ``null``.
+
+        Args:
+            round: 0 before training, then from 1.
+            client_steps: optimiser steps that all clients together have made so far.
+            split: "train" or "test".
+            task: a task's name, or "all" for the whole set.
+            metric: such as "perplexity" or "gate-expert-0".
+            value: what was measured.
+            seconds: since the start of the run.
+        """
+        entry = {
+            "round": round,
+            "client-steps": client_steps,
+            "split": split,
+            "task": task,
+            "metric": metric,
+            "value": float(value),
+            "seconds": float(seconds),
+        }
+        line = json.dumps(_only_finite(entry), allow_nan=False) + "\n"
+        with (self.path / METRICS).open("ab+") as file:
+            _drop_torn_line(file)
+            file.write(line.encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every whole line of metrics.jsonl in the order written; a torn last line is left out."""
+        path = self.path / METRICS
+        if not path.exists():
+            return []
+        whole_lines = _read(path, lambda text: text[: text.rfind("\n") + 1].splitlines())
+        entries = []
+        for number, line in enumerate(whole_lines, start=1):
+            entry = _read_line(line)
+            if entry is None:
+                raise InputError(f"{path} is corrupt in line {number}; remove that line or restore the file.")
+            entries.append(entry)
+        return entries
+
+    def results(self) -> dict[str, Any]:
+        """The summary; without one, what configuration and metrics tell, with ``status`` "unfinished"."""
+        return self.summary or _results_so_far(self.config, self.metrics())
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json in one step: a reader sees the old file or the new one, never half of it."""
+        self.write_json(SUMMARY, summary)
+
+    def write_json(self, name: str, content: object) -> None:
+        """Write the JSON file ``name`` in one step; numbers that are not finite become ``null``."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(
+            json.dumps(_only_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        temporary.replace(self.path / name)
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not path.exists():
+            return None
+        content = _read(path, json.loads)
+        if not isinstance(content, dict):
+            raise InputError(f"{path} is corrupt (it holds no JSON object); restore it or run again.")
+        return content
+
+
+def series(
+    metrics: Sequence[Mapping[str, Any]], metric: str, task: str = ALL_TASKS, split: str = "test"
+) -> list[Point]:
+    """One metric over the rounds, in order; of a round logged twice (a resumed run) the later value counts.
+
+    Args:
+        metrics: what ``RunFolder.metrics`` returns.
+        metric: its name, such as "perplexity".
+        task: a task's name, or "all".
+        split: "train" or "test".
+    """
+    points = {}
+    for entry in metrics:
+        if (entry["metric"], entry["task"], entry["split"]) == (metric, task, split):
+            value = math.nan if entry["value"] is None else entry["value"]
+            points[entry["round"]] = Point(entry["round"], entry["client-steps"], value)
+    return [points[number] for number in sorted(points)]
+
+
+def task_names(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tasks whose test perplexity was measured, in the order first written, without "all"."""
+    measured = (m["task"] for m in metrics if m["metric"] == "perplexity" and m["split"] == "test")
+    return [task for task in dict.fromkeys(measured) if task != ALL_TASKS]
+
+
+def _results_so_far(
+    config: Mapping[str, ConfigValue], metrics: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A summary without the figures that are known only when a run ends."""
+    copied = ("method", "backbone", "compression", "quantization", "dataset", "seed")
+    tasks = [ALL_TASKS, *task_names(metrics)]
+    perplexity = {task: series(metrics, "perplexity", task) for task in tasks}
+    bare = {task: series(metrics, "perplexity-bare", task) for task in tasks}
+    last = metrics[-1] if metrics else {"round": 0, "client-steps": 0, "seconds": 0.0}
+    return {
+        **{name: config[name] for name in copied if name in config},
+        "status": "unfinished",
+        "rounds": last["round"],
+        "client_steps": last["client-steps"],
+        "train_seconds": last["seconds"],
+        "perplexity": {task: points[-1].value for task, points in perplexity.items() if points},
+        "perplexity_before": {
+            task: points[0].value for task, points in perplexity.items() if points and points[0].round == 0
+        },
+        "perplexity_bare": {task: points[0].value for task, points in bare.items() if points},
+    }
+
+
+def _read(path: Path, parse: Callable[[str], T]) -> T:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    # Broken JSON, TOML and UTF-8 are all reported as kinds of ValueError.
+    except ValueError as error:
+        raise InputError(f"{path} is corrupt ({error}); restore it or run again.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def _read_line(line: str) -> dict[str, Any] | None:
+    """One metrics line, or None if it is not what ``log`` writes."""
+    keys = {"round", "client-steps", "split", "task", "metric", "value", "seconds"}
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and keys <= entry.keys() else None
+
+
+def _drop_torn_line(file: BinaryIO) -> None:
+    """Cut off what follows the last newline: half a line of a run that was killed and is now resumed."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _only_finite(content: object) -> object:
+    """``content`` with every NaN and infinity, which JSON does not know, replaced by None."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, Mapping):
+        return {name: _only_finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_only_finite(value) for value in content]
+    return content
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _machine() -> dict[str, str | int]:
+    return {
+        "platform": platform.platform(),
+        "processor": _processor_name(),
+        "cpus": os.cpu_count() or 1,
+        "memory-bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def _processor_name() -> str:
+    """The processor's model; Linux tells it only in /proc."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _git_revision() -> dict[str, str]:
+    """The commit of this source tree, "-dirty" if changed since; empty where git does not track it."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # An installed package may lie inside somebody else's repository, whose revision would say nothing.
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"git-revision": described.stdout.strip()}

@@ -1,0 +1,139 @@
+"""`flower-simulation --app experiments.dolly`: virtual clients on this machine, in the foreground.
+
+Flower's own command of this name is gone since 1.27. Like it, this one runs an app's ServerApp and ClientApps on Ray;
+unlike `flwr run` it ends with the run, and its exit code says how: 0 done, 1 failed, 2 bad input, 130 Ctrl-C.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+# Before flwr and ray are imported: they read these at import time.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default runs the trainer at the lowest priority
+
+from experiments.app_folder import AppFolder
+from experiments.config import ExperimentConfig
+from experiments.federated_run import default_output_dir
+from experiments.run_folder import RunFolder
+from experiments.runtimes import run_inline, run_on_ray
+from mops_fl.config import Scalar
+from mops_fl.errors import InputError
+from mops_fl.sources import resolve_backbone, resolve_dolly
+from strategies.fedprompt import RoundError
+
+_BACKENDS = {"ray": run_on_ray, "inline": run_inline}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and end the process; threads of Flower's that still wait for replies must not keep it."""
+    code = _run(_parser().parse_args(argv))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(args: argparse.Namespace) -> int:
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the run prints its own progress and failures
+    logging.getLogger("mops_fl").setLevel(logging.INFO)
+    run_config: dict[str, Scalar] = {}
+    code, status, message = 0, "", ""
+    try:
+        app = AppFolder.find(args.app)
+        run_config = _resolve_config(app, args)
+        _BACKENDS[args.backend](app, run_config, catch_signals=_raise_on_signals)
+    except InputError as error:
+        code, status, message = 2, "failed", str(error)
+    except RoundError as error:
+        code, status, message = 1, "failed", str(error)
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        code, status, message = 128 + number, "interrupted", "interrupted; go on with --resume"
+    except Exception:  # noqa: BLE001 - the last line of defence: show it, mark the run, exit with 1
+        code, status, message = 1, "failed", traceback.format_exc()
+    if message:
+        print(f"flower-simulation: {message}", file=sys.stderr)
+        _mark(run_config, status)
+    return code
+
+
+def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scalar]:
+    """Every value of the run, paths absolute, checked as far as that goes without loading anything.
+
+    Raises:
+        InputError: something is wrong with it.
+    """
+    if args.resume:
+        run_config = _resumed_config(args.resume, app.run_config(()), args.run_config)
+    else:
+        run_config = app.run_config(args.run_config)
+        run_config["output-dir"] = str(Path(str(run_config["output-dir"] or default_output_dir(run_config))).absolute())
+    if args.num_supernodes is not None:
+        run_config["num-clients"] = args.num_supernodes
+    config = ExperimentConfig.from_run_config(run_config).client
+    if config.data.data_path:
+        run_config["data-path"] = str(resolve_dolly(config.data.data_path).path.absolute())
+    if Path(config.backbone.backbone).is_dir():
+        run_config["backbone"] = str(Path(config.backbone.backbone).absolute())
+    resolve_backbone(config.backbone.backbone)
+    return run_config
+
+
+def _resumed_config(folder: Path, app_config: dict[str, Scalar], overrides: Sequence[str]) -> dict[str, Scalar]:
+    if overrides:
+        raise InputError("--resume goes on with the run's own configuration; leave --run-config away.")
+    run_config = {**app_config, **RunFolder.open(folder).config}
+    return {**run_config, "output-dir": str(folder.absolute()), "resume": True}
+
+
+def _mark(run_config: dict[str, Scalar], status: str) -> None:
+    """Say in the summary how the run ended, if it got as far as writing one."""
+    path = Path(str(run_config.get("output-dir", "")))
+    if not run_config or not (path / "summary.json").is_file():
+        return
+    folder = RunFolder.open(path)
+    summary = folder.summary or {}
+    if summary.get("status") == "running":
+        folder.write_summary({**summary, "status": status})
+
+
+def _raise_on_signals() -> None:
+    """From now on SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, once."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("flower-simulation", description="Simulate a federation on this machine.")
+    parser.add_argument("--app", required=True, metavar="NAME", help="experiments.dolly, .dolly.fedprompt, or a folder")
+    parser.add_argument("--num-supernodes", type=int, metavar="N", help="virtual clients (default: num-clients)")
+    parser.add_argument(
+        "-c",
+        "--run-config",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help='"key=value key=value" or a TOML file; may be repeated',
+    )
+    parser.add_argument(
+        "--backend", choices=sorted(_BACKENDS), default="ray", help="ray, or inline: one process (default: ray)"
+    )
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
+    return parser

@@ -1,0 +1,151 @@
+"""The frozen language model, seen as embedding -> decoder layers -> norm -> head.
+
+Letters: `T` positions of all packed rows together, `D` hidden size, `V` vocabulary.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from mops_fl.attention import PACKED_ATTENTION
+from mops_fl.config import BackboneConfig
+from mops_fl.errors import InputError
+from mops_fl.sources import resolve_backbone
+
+logger = logging.getLogger(__name__)
+
+
+class Backbone:
+    """A frozen decoder-only model whose layers are run by an explicit loop.
+
+    Rows are packed: `hidden` is `(T, D)`, all rows one behind the other, and `lengths` says where each ends.
+
+    Attributes:
+        model: the transformers model, all weights frozen, in evaluation mode.
+        tokenizer: its tokenizer.
+        num_layers: decoder layers `L`.
+        hidden_size: `D`.
+        dtype: the dtype of hidden states.
+        device: where it lives.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Freeze `model` and route its attention through `packed_attention`.
+
+        Raises:
+            InputError: the model has no `.model.layers` (not a Llama-like decoder).
+        """
+        decoder = getattr(model, "model", None)
+        if not all(hasattr(decoder, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
+            raise InputError(
+                f"{type(model).__name__} has no `.model.layers` with rotary positions; "
+                "use a decoder-only model of the Llama, Mistral or Qwen family."
+            )
+        self.model = model.requires_grad_(False).eval()
+        self.model.config._attn_implementation = PACKED_ATTENTION
+        self.tokenizer = tokenizer
+        self._decoder = decoder
+        self.num_layers: int = len(decoder.layers)
+        self.hidden_size: int = decoder.embed_tokens.weight.shape[1]
+        self.dtype: torch.dtype = decoder.embed_tokens.weight.dtype
+        self.device: torch.device = decoder.embed_tokens.weight.device
+
+    @classmethod
+    def load(cls, config: BackboneConfig) -> "Backbone":
+        """Load the model named in the config onto the GPU if there is one, else the CPU.
+
+        Raises:
+            InputError: the model is not on this machine, or cannot be read.
+        """
+        folder = resolve_backbone(config.backbone)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = resolve_dtype(config.dtype, device)
+        quantization = BitsAndBytesConfig(load_in_8bit=True) if config.quantization == "int8" else None
+        disable_progress_bar()  # loading takes a second; the run has a progress bar of its own
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, device_map=device, quantization_config=quantization, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise InputError(f"The model in {folder} cannot be loaded ({error}); fetch or copy it again.") from error
+        return cls(model, tokenizer)
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """`(V, D)` token embeddings."""
+        return self._decoder.embed_tokens.weight
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Token embeddings `(T, D)` of ids `(T,)`, as the first layer takes them."""
+        return self._decoder.embed_tokens(token_ids)
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        lengths: list[int],
+        start: int,
+        stop: int,
+        *,
+        value_scale: Tensor | None = None,
+        hidden_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Run layers `start .. stop - 1` on packed rows.
+
+        Args:
+            hidden: `(T, D)` input of layer `start`.
+            lengths: length of each row; positions start at 0 in each.
+            start: first layer.
+            stop: one behind the last layer.
+            value_scale: `(T,)` factor on attention onto each position (gating `attention`).
+            hidden_scale: `(T, 1)` factor on the hidden states before every layer (gating `embedding`).
+
+        Returns:
+            `(T, D)` output of layer `stop - 1`.
+        """
+        hidden = hidden[None]
+        position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(hidden.device)
+        position_embeddings = self._decoder.rotary_emb(hidden, position_ids)
+        for layer in self._decoder.layers[start:stop]:
+            if hidden_scale is not None:
+                hidden = hidden * hidden_scale.to(hidden.dtype)
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                lengths=lengths,
+                value_scale=value_scale,
+            )
+        return hidden[0]
+
+    def token_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood, in nats and float32, of the token that follows each position.
+
+        Args:
+            hidden: `(N, D)` output of the last layer at the positions that carry loss.
+            targets: `(N,)` ids of the tokens after them.
+
+        Returns:
+            `(N,)`.
+        """
+        logits = self.model.lm_head(self._decoder.norm(hidden))
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` becomes bfloat16 where the processor has matrix products for it, else float32; logged."""
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    dtype = torch.bfloat16 if native else torch.float32
+    logger.info("dtype auto: %s, since the %s %s bfloat16", dtype, device.type, "has" if native else "lacks")
+    return dtype
+

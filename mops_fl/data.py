@@ -1,0 +1,164 @@
+"""Rows with a task: Dolly-15k from a file, its seven tasks, and the draw into train, test and server rows."""
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mops_fl.config import DataConfig
+from mops_fl.errors import InputError
+from mops_fl.sources import resolve_dolly
+
+# The paper's seven; `general_qa`, Dolly's eighth, is not used.
+DOLLY_TASKS = (
+    "creative_writing",
+    "closed_qa",
+    "open_qa",
+    "summarization",
+    "information_extraction",
+    "classification",
+    "brainstorming",
+)
+DOLLY_UNUSED = ("general_qa",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example.
+
+    Attributes:
+        row_id: its place among the loaded rows, unique over all splits.
+        instruction: what is asked.
+        context: the passage it is asked about, empty if there is none.
+        response: the answer.
+        task: name of its task.
+    """
+
+    row_id: int
+    instruction: str
+    context: str
+    response: str
+    task: str
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The rows of an experiment; no row is in two of the three parts.
+
+    Attributes:
+        tasks: task names; a row's label is its task's index here.
+        train: rows dealt to the clients.
+        test: rows that measure.
+        server: rows the server holds for pretraining and calibration.
+        description: one line on where they come from.
+        is_sample: they are the bundled sample, not a real data set.
+    """
+
+    tasks: tuple[str, ...]
+    train: tuple[Row, ...]
+    test: tuple[Row, ...]
+    server: tuple[Row, ...]
+    description: str
+    is_sample: bool
+
+    def evaluation_rows(self, count: int) -> tuple[Row, ...]:
+        """The first `count` test rows, spread evenly over the tasks; all of them for 0."""
+        if count == 0 or count >= len(self.test):
+            return self.test
+        by_task = {task: [row for row in self.test if row.task == task] for task in self.tasks}
+        ranked = sorted((rank, row.row_id, row) for rows in by_task.values() for rank, row in enumerate(rows))
+        return tuple(row for _, _, row in ranked[:count])
+
+
+def load_task_data(config: DataConfig) -> TaskData:
+    """Load the configured data set and draw its parts.
+
+    Raises:
+        InputError: no such file, a line that is not a row, a row without instruction or response, a task
+            without rows.
+    """
+    source = resolve_dolly(config.data_path)
+    rows = list(read_dolly(source.path))
+    train, test, server = draw_parts(rows, DOLLY_TASKS, config)
+    return TaskData(DOLLY_TASKS, train, test, server, source.description, source.is_sample)
+
+
+def read_dolly(path: Path) -> Iterator[Row]:
+    """Read the seven tasks of a `.jsonl` or `.jsonl.gz` in Dolly's columns; exact duplicates are dropped.
+
+    Raises:
+        InputError: names the file and the line that is wrong.
+    """
+    seen: set[tuple[str, str, str]] = set()
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                row = _parse_dolly_line(line, number, path)
+                if row is not None and (row.instruction, row.context, row.response) not in seen:
+                    seen.add((row.instruction, row.context, row.response))
+                    yield row
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); fetch or copy it again.") from error
+
+
+def draw_parts(
+    rows: Sequence[Row], tasks: Sequence[str], config: DataConfig
+) -> tuple[tuple[Row, ...], tuple[Row, ...], tuple[Row, ...]]:
+    """Draw train, test and server rows, stratified by task, by `data_seed`.
+
+    A set too small for `num_rows + server_rows` is used whole, both shares shrunk alike.
+
+    Raises:
+        InputError: a task has too few rows to be trained on and tested.
+    """
+    rng = np.random.default_rng(config.data_seed)
+    by_task = {task: [row for row in rows if row.task == task] for task in tasks}
+    fit = min(1.0, len(rows) / (config.num_rows + config.server_rows))
+    used = apportion(int(fit * config.num_rows), [len(members) for members in by_task.values()])
+    tested = apportion(round(config.test_fraction * sum(used)), used)
+    server_quota = int(fit * config.server_rows) // len(tasks)
+    train: list[Row] = []
+    test: list[Row] = []
+    server: list[Row] = []
+    for (task, members), num_used, num_test in zip(by_task.items(), used, tested, strict=True):
+        shuffled = [members[i] for i in rng.permutation(len(members))]
+        if num_test == 0 or num_test == num_used:
+            raise InputError(f"Task {task!r} has {len(members)} rows, too few to train and test on; give more data.")
+        test += shuffled[:num_test]
+        train += shuffled[num_test:num_used]
+        server += shuffled[num_used : num_used + server_quota]
+    return tuple(train), tuple(test), tuple(server)
+
+
+def apportion(total: int, sizes: Sequence[int]) -> list[int]:
+    """Share `total` out in proportion to `sizes`, by largest remainders, so that it adds up exactly."""
+    exact = np.array(sizes) * total / max(sum(sizes), 1)
+    shares = np.floor(exact).astype(int)
+    largest_remainders = np.argsort(shares - exact, kind="stable")
+    shares[largest_remainders[: total - shares.sum()]] += 1
+    return [int(share) for share in shares]
+
+
+def _parse_dolly_line(line: str, number: int, path: Path) -> Row | None:
+    where = f"Line {number} of {path}"
+    try:
+        fields: dict[str, Any] = json.loads(line)
+        instruction, context, response, task = (
+            fields[name].strip() for name in ("instruction", "context", "response", "category")
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{where} is not a JSON object with the texts instruction, context, response and category; "
+            "correct or remove it."
+        ) from error
+    if task in DOLLY_UNUSED:
+        return None
+    if task not in DOLLY_TASKS:
+        raise InputError(f"{where} has the unknown task {task!r}; known are: {', '.join(DOLLY_TASKS + DOLLY_UNUSED)}.")
+    if not instruction or not response:
+        raise InputError(f"{where} has no {'response' if instruction else 'instruction'}; correct or remove it.")
+    return Row(number - 1, instruction, context, response, task)

@@ -1,0 +1,77 @@
+"""From a row to tokens: one template, truncation that keeps what matters, and where the loss starts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mops_fl.config import DataConfig
+from mops_fl.data import Row
+
+INSTRUCTION = "### Instruction:\n"
+CONTEXT = "\n\n### Input:\n"
+RESPONSE = "\n\n### Response:\n"
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One row as tokens.
+
+    Attributes:
+        row_id: the row's id.
+        token_ids: `(n,)` int64: template, instruction, context, response, end of text.
+        prompt_length: tokens before the response.
+        loss_start: index of the first token that is predicted with loss.
+        task: index of the row's task.
+        truncated: whether anything had to be cut.
+    """
+
+    row_id: int
+    token_ids: Tensor
+    prompt_length: int
+    loss_start: int
+    task: int
+    truncated: bool
+
+
+class RowEncoder:
+    """Encodes rows for one tokenizer, at most `max_length` tokens each.
+
+    A row that is too long loses the end of its context first, then the end of its response (at least half of the
+    room is kept for it), and only then the end of its instruction.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, tasks: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._tasks = tasks
+        self._opening = tokenizer("").input_ids  # a begin-of-text token for tokenizers that have one
+
+    def encode(self, row: Row) -> EncodedRow:
+        """The row's tokens."""
+        before, after = self._tokens(INSTRUCTION), self._tokens(RESPONSE)
+        instruction = self._tokens(row.instruction)
+        context = self._tokens(CONTEXT + row.context) if row.context else []
+        response = [*self._tokens(row.response), self._tokenizer.eos_token_id]
+        full_length = len(instruction) + len(context) + len(response)
+
+        room = self._config.max_length - len(self._opening) - len(before) - len(after)
+        reserved = min(len(response), room // 2)
+        instruction = instruction[: room - reserved]
+        context = context[: room - reserved - len(instruction)]
+        response = response[: room - len(instruction) - len(context)]
+
+        prompt = [*self._opening, *before, *instruction, *context, *after]
+        return EncodedRow(
+            row_id=row.row_id,
+            token_ids=torch.tensor(prompt + response),
+            prompt_length=len(prompt),
+            loss_start=len(prompt) if self._config.loss_on == "response" else 1,
+            task=self._tasks.index(row.task),
+            truncated=len(instruction) + len(context) + len(response) < full_length,
+        )
+
+    def _tokens(self, text: str) -> list[int]:
+        token_ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return token_ids

@@ -1,0 +1,87 @@
+"""Perplexity per task, from sums and counts, and how the gate treated each task."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mops_fl.adapter import Adapter
+from mops_fl.encoding import EncodedRow
+from mops_fl.model import PromptedModel, RowLosses
+
+# Positions of one packed forward pass: enough to keep the matrix products busy, little enough for a laptop.
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over the rows of each task.
+
+    Attributes:
+        tasks: task names.
+        loss_sum: nats, per task.
+        num_tokens: tokens that carried loss, per task.
+        gate: mean gate score, one list of `E` per task; None without a gate.
+    """
+
+    tasks: tuple[str, ...]
+    loss_sum: tuple[float, ...]
+    num_tokens: tuple[int, ...]
+    gate: tuple[tuple[float, ...], ...] | None
+
+    def perplexity(self) -> dict[str, float]:
+        """`exp(loss_sum / num_tokens)` for `all` and for each task that has rows."""
+        figures = {"all": math.exp(sum(self.loss_sum) / sum(self.num_tokens))}
+        for task, loss_sum, num_tokens in zip(self.tasks, self.loss_sum, self.num_tokens, strict=True):
+            if num_tokens:
+                figures[task] = math.exp(loss_sum / num_tokens)
+        return figures
+
+
+def evaluate(model: PromptedModel, adapter: Adapter, rows: Sequence[EncodedRow], tasks: tuple[str, ...]) -> Evaluation:
+    """Measure one adapter (`J = 1`) on rows."""
+    return _evaluate(lambda batch: model.losses(adapter, batch), rows, tasks)
+
+
+def evaluate_bare(model: PromptedModel, rows: Sequence[EncodedRow], tasks: tuple[str, ...]) -> Evaluation:
+    """Measure the backbone without any prompts."""
+    no_prompts = torch.zeros(0, model.backbone.hidden_size)
+    return _evaluate(lambda batch: model.plain_losses(no_prompts, batch), rows, tasks)
+
+
+def packed_batches(rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
+    """Rows in order, in batches of at most `BATCH_TOKENS` tokens (a single longer row goes alone)."""
+    batch: list[EncodedRow] = []
+    for row in rows:
+        if batch and sum(len(member.token_ids) for member in [*batch, row]) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _evaluate(
+    losses: Callable[[list[EncodedRow]], RowLosses], rows: Sequence[EncodedRow], tasks: tuple[str, ...]
+) -> Evaluation:
+    batches = [(batch, losses(batch)) for batch in packed_batches(rows)]
+    labels = torch.tensor([row.task for batch, _ in batches for row in batch])
+
+    def per_task(values: torch.Tensor) -> torch.Tensor:
+        sums = torch.zeros(len(tasks), *values.shape[1:], dtype=torch.float64)
+        return sums.index_add(0, labels, values.double().cpu())
+
+    gate = None
+    scores_per_batch = [result.scores for _, result in batches if result.scores is not None]
+    if scores_per_batch:
+        scores = torch.cat(scores_per_batch)
+        num_rows = per_task(torch.ones(len(rows), 1)).clamp(min=1)
+        gate = tuple(tuple(task) for task in (per_task(scores) / num_rows).tolist())
+    return Evaluation(
+        tasks=tasks,
+        loss_sum=tuple(per_task(torch.cat([result.loss_sum for _, result in batches])).tolist()),
+        num_tokens=tuple(int(n) for n in per_task(torch.cat([result.num_tokens for _, result in batches])).tolist()),
+        gate=gate,
+    )

@@ -1,0 +1,172 @@
+"""MoPs' forward pass: frozen layers, expert prompts injected at layer `m`, a gate that weighs them per row.
+
+    layers 0..m-1   on [P1 ; tokens]        frozen, without gradient, kept per row
+    gate            on the pooled layer-m input of the row
+    layers m..L-1   on [prompts ; tokens]   the trained prompts stand where P1 stood
+    norm, head      on the positions that carry loss
+
+Letters: `R` rows, `T` packed positions, `K` prompts, `n` tokens of a row, `D` hidden size, `E` experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mops_fl.adapter import Adapter
+from mops_fl.backbone import Backbone
+from mops_fl.config import AdapterConfig
+from mops_fl.encoding import EncodedRow
+from mops_fl.errors import InputError
+from mops_fl.state_cache import StateCache
+
+
+@dataclass(frozen=True)
+class RowStates:
+    """What the frozen lower layers make of one row.
+
+    Attributes:
+        tokens: `(n, D)` input of layer `m` at the row's tokens, in the backbone's dtype.
+        pooled: `(D,)` float32 input of the gate.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        return self.tokens.nbytes + self.pooled.nbytes
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Losses of `R` rows, as sums and counts.
+
+    Attributes:
+        loss_sum: `(R,)` float32, summed negative log-likelihood in nats.
+        num_tokens: `(R,)` float32, tokens that carry loss.
+        scores: `(R, E)` the gate's scores, None without a gate.
+    """
+
+    loss_sum: Tensor
+    num_tokens: Tensor
+    scores: Tensor | None
+
+
+class PromptedModel:
+    """A backbone with input prompts P1 and an injection layer; adapters are handed in per call.
+
+    Attributes:
+        backbone: the frozen model.
+        input_prompts: `(K', D)` float32 P1, frozen; `K'` may differ from `K`, even be 0.
+    """
+
+    def __init__(
+        self, backbone: Backbone, config: AdapterConfig, input_prompts: Tensor, cache: StateCache[RowStates]
+    ) -> None:
+        """Check the layer and keep the parts.
+
+        Raises:
+            InputError: `inject-layer` is not a layer of this backbone.
+        """
+        check_inject_layer(config.inject_layer, backbone)
+        self.backbone = backbone
+        self.input_prompts = input_prompts
+        self._config = config
+        self._cache = cache
+
+    @torch.no_grad()
+    def row_states(self, rows: Sequence[EncodedRow]) -> list[RowStates]:
+        """The layer-`m` input of each row, from the cache or computed.
+
+        Rows are computed one by one: bfloat16 rounds differently in another batch, and what a row gets must not
+        depend on which rows happened to be missing.
+        """
+        return [self._cache.get(row.row_id) or self._compute_states(row) for row in rows]
+
+    def losses(self, adapter: Adapter, rows: Sequence[EncodedRow]) -> RowLosses:
+        """Loss of each row under the adapter that owns it.
+
+        Args:
+            adapter: `J` adapters.
+            rows: `R` rows, a multiple of `J`, owner by owner.
+
+        Returns:
+            Sums and counts per row; differentiable with respect to the adapter's parameters only.
+        """
+        states = self.row_states(rows)
+        scores = adapter.scores(torch.stack([row.pooled for row in states]))
+        hidden, lengths = self._packed(adapter.prompts_of_rows(len(rows)), [row.tokens for row in states])
+        scales = {} if scores is None else self._position_scales(scores, lengths)
+        config = self._config
+        hidden = self.backbone.run_layers(hidden, lengths, config.inject_layer, self.backbone.num_layers, **scales)
+        return RowLosses(*packed_losses(self.backbone, hidden, lengths, rows), scores)
+
+    def plain_losses(self, prompts: Tensor, rows: Sequence[EncodedRow]) -> RowLosses:
+        """Losses of the plain model, all layers, with `prompts` `(K', D)` before the token embeddings.
+
+        This is how P1 is trained (differentiable with respect to `prompts`); with `K' = 0` it is the bare model.
+        """
+        hidden, lengths = self._packed(prompts.expand(len(rows), -1, -1), self._embed(rows))
+        hidden = self.backbone.run_layers(hidden, lengths, 0, self.backbone.num_layers)
+        return RowLosses(*packed_losses(self.backbone, hidden, lengths, rows), None)
+
+    def _embed(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
+        return [self.backbone.embed(row.token_ids.to(self.backbone.device)) for row in rows]
+
+    def _packed(self, prompts: Tensor, tokens: list[Tensor]) -> tuple[Tensor, list[int]]:
+        """Rows `[prompts ; tokens]` one behind the other: `(T, D)` and the length of each."""
+        prompts = prompts.to(self.backbone.device, self.backbone.dtype)
+        parts = [part for pair in zip(prompts, tokens, strict=True) for part in pair]
+        return torch.cat(parts), [prompts.shape[1] + len(row) for row in tokens]
+
+    def _position_scales(self, scores: Tensor, lengths: list[int]) -> dict[str, Tensor]:
+        """The gate's score at each prompt, one at each token, as the chosen gating wants it."""
+        num_prompts = self._config.num_prompts
+        per_prompt = scores.repeat_interleave(self._config.prompts_per_expert, dim=1)  # (R, K)
+        ones = scores.new_ones(max(lengths))
+        scale = torch.cat(
+            [torch.cat([row, ones[: n - num_prompts]]) for row, n in zip(per_prompt, lengths, strict=True)]
+        )
+        return {"value_scale": scale} if self._config.gating == "attention" else {"hidden_scale": scale[:, None]}
+
+    def _compute_states(self, row: EncodedRow) -> RowStates:
+        hidden, lengths = self._packed(self.input_prompts[None], self._embed([row]))
+        hidden = self.backbone.run_layers(hidden, lengths, 0, self._config.inject_layer)
+        num_input_prompts = len(self.input_prompts)
+        question = slice(num_input_prompts, num_input_prompts + row.prompt_length)
+        pooled = hidden if self._config.pooling == "all" else hidden[question]
+        states = RowStates(hidden[num_input_prompts:].clone(), pooled.float().mean(0))
+        self._cache.put(row.row_id, states, states.num_bytes)
+        return states
+
+
+def packed_losses(
+    backbone: Backbone, hidden: Tensor, lengths: list[int], rows: Sequence[EncodedRow]
+) -> tuple[Tensor, Tensor]:
+    """Loss sums and token counts `(R,)` from the last layer's packed output `(T, D)`.
+
+    The head is applied to the positions that carry loss only: position `i - 1` predicts token `i`.
+    """
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    counts = [len(row.token_ids) - row.loss_start for row in rows]
+    positions = torch.cat([torch.arange(end - count - 1, end - 1) for end, count in zip(ends, counts, strict=True)])
+    targets = torch.cat([row.token_ids[row.loss_start :] for row in rows])
+    nll = backbone.token_nll(hidden[positions.to(hidden.device)], targets.to(hidden.device))
+    num_tokens = torch.tensor(counts, device=nll.device)
+    row_of_token = torch.arange(len(rows), device=nll.device).repeat_interleave(num_tokens)
+    return nll.new_zeros(len(rows)).index_add(0, row_of_token, nll), num_tokens.float()
+
+
+def check_inject_layer(layer: int, backbone: Backbone) -> None:
+    """Refuse an injection layer that this backbone does not have.
+
+    Raises:
+        InputError: out of range.
+    """
+    if layer >= backbone.num_layers:
+        raise InputError(
+            f"`inject-layer` is {layer}, but the backbone has layers 0 to {backbone.num_layers - 1}; choose one of them."
+        )

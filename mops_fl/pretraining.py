@@ -1,0 +1,124 @@
+"""What the server trains on its own rows before round 1: the input prompts P1, and the gate.
+
+Both methods get the same P1; only the gate's pretraining is MoPs' own (paper, Section 3.3): it sees instructions and
+contexts with the name of their task, never a response.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mops_fl.adapter import AdapterState, Gate, initial_state
+from mops_fl.backbone import Backbone
+from mops_fl.config import AdapterConfig, PretrainConfig
+from mops_fl.encoding import EncodedRow
+from mops_fl.evaluation import packed_batches
+from mops_fl.model import PromptedModel
+from mops_fl.state_cache import StateCache
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where round 1 starts.
+
+    Attributes:
+        input_prompts: `(K, D)` float32 P1, frozen from here on.
+        adapter: initial expert prompts and, for MoPs, the pretrained gate.
+        gate_accuracy: share of the server's rows whose own expert gets the highest score; None without a gate or
+            without server rows.
+    """
+
+    input_prompts: Tensor
+    adapter: AdapterState
+    gate_accuracy: float | None
+
+
+def pretrain(
+    backbone: Backbone,
+    rows: Sequence[EncodedRow],
+    adapter_config: AdapterConfig,
+    config: PretrainConfig,
+    generator: torch.Generator,
+) -> Pretrained:
+    """Train P1 on the plain model, draw the adapter, then train its gate on the pooled states.
+
+    Args:
+        backbone: the frozen model.
+        rows: the server's rows; none means that nothing is pretrained.
+        adapter_config: shapes and readings.
+        config: steps and rates.
+        generator: the only source of randomness.
+    """
+    prompts = sample_token_embeddings(backbone, adapter_config.num_prompts, generator)
+    no_cache: StateCache[object] = StateCache(0)
+    model = PromptedModel(backbone, adapter_config, prompts, no_cache)
+    if rows:
+        model.input_prompts = train_input_prompts(model, rows, config, generator)
+    state = initial_state(adapter_config, initial_prompts(model, adapter_config, generator), generator)
+    accuracy = None
+    if rows and config.gate_epochs and "gate.w1" in state:
+        state, accuracy = train_gate(state, model, rows, config)
+    return Pretrained(model.input_prompts, state, accuracy)
+
+
+def train_input_prompts(
+    model: PromptedModel, rows: Sequence[EncodedRow], config: PretrainConfig, generator: torch.Generator
+) -> Tensor:
+    """Prompt tuning of P1 on the plain model, all layers, no gate, no injection; one row a step."""
+    prompts = model.input_prompts.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([prompts], lr=config.input_prompt_lr)
+    for _ in range(config.input_prompt_steps):
+        row = rows[int(torch.randint(len(rows), (), generator=generator))]
+        losses = model.plain_losses(prompts, [row])
+        optimizer.zero_grad()
+        (losses.loss_sum / losses.num_tokens).sum().backward()
+        optimizer.step()
+    return prompts.detach()
+
+
+def initial_prompts(model: PromptedModel, config: AdapterConfig, generator: torch.Generator) -> Tensor:
+    """The `(K, D)` prompts injected at layer `m`, before any training.
+
+    `random` is normal with the standard deviation of the token embeddings.
+    """
+    backbone = model.backbone
+    if config.prompt_init == "vocabulary":
+        return sample_token_embeddings(backbone, config.num_prompts, generator)
+    if config.prompt_init == "transformed":
+        hidden = model.input_prompts.to(backbone.device, backbone.dtype)
+        with torch.no_grad():
+            return backbone.run_layers(hidden, [len(hidden)], 0, config.inject_layer).float().cpu()
+    spread = backbone.embedding_weight.float().std().item()
+    return torch.randn(config.num_prompts, backbone.hidden_size, generator=generator) * spread
+
+
+def sample_token_embeddings(backbone: Backbone, count: int, generator: torch.Generator) -> Tensor:
+    """Embeddings `(count, D)` of tokens drawn from the vocabulary, float32."""
+    token_ids = torch.randint(len(backbone.embedding_weight), (count,), generator=generator)
+    return backbone.embedding_weight[token_ids.to(backbone.device)].float().cpu()
+
+
+def train_gate(
+    state: AdapterState, model: PromptedModel, rows: Sequence[EncodedRow], config: PretrainConfig
+) -> tuple[AdapterState, float]:
+    """Cross-entropy of the gate against the rows' tasks; task `t` belongs to expert `t mod E`.
+
+    Returns:
+        The state with a trained gate, and the share of rows that end at their own expert.
+    """
+    questions = [replace(row, token_ids=row.token_ids[: row.prompt_length]) for row in rows]
+    pooled = torch.stack([states.pooled for batch in packed_batches(questions) for states in model.row_states(batch)])
+    gate = Gate([state]).to(pooled.device)
+    experts = torch.tensor([row.task for row in rows], device=pooled.device) % gate.b2.shape[1]
+    optimizer = torch.optim.Adam(gate.parameters(), lr=config.gate_lr)
+    for _ in range(config.gate_epochs):
+        optimizer.zero_grad()
+        F.cross_entropy(gate(pooled), experts).backward()
+        optimizer.step()
+    with torch.no_grad():
+        accuracy = (gate(pooled).argmax(-1) == experts).float().mean().item()
+    trained = {f"gate.{name}": p.detach()[0].cpu() for name, p in gate.named_parameters()}
+    return {**state, **trained}, accuracy

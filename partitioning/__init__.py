@@ -1,0 +1,1 @@
+"""Who owns which row: task labels in, lists of row indices out."""

@@ -1,0 +1,156 @@
+"""FedPrompt: federated averaging of whatever the adapter trains, with a sample of clients that a seed fixes.
+
+Beside the sampling, two things differ from Flower's FedAvg. Replies are checked one by one, so that a broken one is
+refused and counted instead of ending the run or spoiling the mean. And they are put in order before the sum, which
+in floating point depends on it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from mops_fl.errors import InputError
+from mops_fl.payload import METRICS, check_result, encode_request
+from strategies.sampling import ClientSampler
+
+WEIGHTINGS = ("uniform", "num-examples")
+_WEIGHT = "weight"
+
+
+class RoundError(RuntimeError):
+    """A round ended without a single usable reply."""
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a round of training brought.
+
+    Attributes:
+        server_round: round, from 1.
+        totals: sums over the usable replies of every metric in `mops_fl.payload`.
+        failures: one text for each client without a usable reply.
+        bytes_down: arrays sent to the clients.
+        bytes_up: arrays received from them.
+    """
+
+    server_round: int
+    totals: MetricRecord
+    failures: tuple[str, ...]
+    bytes_down: int
+    bytes_up: int
+
+
+class FedPrompt(FedAvg):
+    """FedAvg of soft prompts (paper, Section 4: the federated baseline), and of any other adapter."""
+
+    def __init__(
+        self,
+        sampler: ClientSampler,
+        *,
+        weighting: str,
+        frozen: ArrayRecord,
+        rounds_done: int,
+        on_round: Callable[[RoundReport], None],
+    ) -> None:
+        """Set the strategy up.
+
+        Args:
+            sampler: says who trains in which round.
+            weighting: `uniform` (paper) or `num-examples`.
+            frozen: the input prompts, sent along with every message.
+            rounds_done: rounds that an earlier process did; the next one is called `rounds_done + 1`.
+            on_round: told about each round's replies.
+        """
+        super().__init__(fraction_evaluate=0.0, weighted_by_key=_WEIGHT, train_metrics_aggr_fn=sum_metrics)
+        self._sampler = sampler
+        self._weighting = weighting
+        self._frozen = frozen
+        self._rounds_done = rounds_done
+        self._on_round = on_round
+        self._sent = ArrayRecord()
+        self._asked: dict[int, int] = {}  # node id -> partition id
+        self._bytes_down = 0
+
+    def summary(self) -> None:
+        """Nothing: the ServerApp shows the run's configuration."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One message for each sampled client; it names the client's cohort."""
+        number = self._rounds_done + server_round
+        cohorts = self._sampler.cohorts(number)
+        contents = {cohort: encode_request(arrays, self._frozen, number, cohort) for cohort in cohorts}
+        self._sent = arrays
+        self._asked = {self._sampler.node_of[client]: client for cohort in cohorts for client in cohort}
+        self._bytes_down = sum(num_bytes(contents[cohort]) * len(cohort) for cohort in cohorts)
+        return [
+            Message(content, message_type=MessageType.TRAIN, dst_node_id=self._sampler.node_of[client])
+            for cohort, content in contents.items()
+            for client in cohort
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average the usable replies in the order of their partition ids.
+
+        Raises:
+            RoundError: there is none.
+        """
+        by_client = {self._asked.get(reply.metadata.src_node_id, -1): reply for reply in replies}
+        failures = {client: self._failure(by_client.get(client)) for client in sorted(self._asked.values())}
+        usable = [by_client[client] for client, failure in failures.items() if failure is None]
+        reasons = tuple(f"Client {client}: {failure}" for client, failure in failures.items() if failure)
+        number = self._rounds_done + server_round
+        if not usable:
+            raise RoundError(f"Round {number} had no usable reply from {len(failures)} clients. {reasons[0]}")
+        bytes_up = sum(num_bytes(reply.content) for reply in usable)
+        for reply in usable:
+            metrics = reply.content.metric_records[METRICS]
+            metrics[_WEIGHT] = 1 if self._weighting == "uniform" else metrics["num-examples"]
+        arrays, totals = super().aggregate_train(server_round, usable)
+        if totals is not None:
+            self._on_round(RoundReport(number, totals, reasons, self._bytes_down, bytes_up))
+        return arrays, totals
+
+    def check_reply(self, content: RecordDict, expected: ArrayRecord) -> None:
+        """Refuse what must not be averaged in.
+
+        Raises:
+            InputError: says what is wrong with the reply.
+        """
+        check_result(content, expected)
+
+    def _failure(self, reply: Message | None) -> str | None:
+        """Why a reply cannot be used, None if it can."""
+        if reply is None:
+            return "no answer in time"
+        if reply.has_error():
+            return reply.error.reason or f"error {reply.error.code}"
+        try:
+            self.check_reply(reply.content, self._sent)
+        except InputError as error:
+            return f"refused: {error}"
+        return None
+
+
+def sum_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Sum the clients' counts and sums; means are made of these, never of means."""
+    totals = MetricRecord()
+    for content in contents:
+        for name, value in content.metric_records[METRICS].items():
+            if isinstance(value, list):
+                totals[name] = np.add(totals.get(name, [0.0] * len(value)), value).tolist()
+            elif name != weighted_by_key:
+                totals[name] = totals.get(name, 0) + value
+    return totals
+
+
+def num_bytes(content: RecordDict) -> int:
+    """Bytes of the arrays in a message."""
+    return sum(record.count_bytes() for record in content.array_records.values())

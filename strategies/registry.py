@@ -1,0 +1,6 @@
+"""The strategy of each method in `mops_fl.adapter.METHODS`."""
+
+from strategies.fedprompt import FedPrompt
+from strategies.mops import MoPs
+
+STRATEGIES: dict[str, type[FedPrompt]] = {"mops": MoPs, "fedprompt": FedPrompt}

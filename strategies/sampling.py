@@ -1,0 +1,54 @@
+"""Which clients train in a round, and who of them is trained in one batch."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mops_fl.errors import InputError
+from mops_fl.payload import ClientInfo
+
+
+class ClientSampler:
+    """Samples clients by partition id with a seeded generator; a round's sample depends on seed and round alone.
+
+    Flower's own sampling draws node ids with the global generator, and node ids are random in every run.
+
+    Attributes:
+        node_of: partition id -> node id, of the clients that have rows; the others are never asked.
+    """
+
+    def __init__(
+        self, clients: Mapping[int, ClientInfo], *, clients_per_round: int, cohort_size: int, seed: int
+    ) -> None:
+        """Take the clients in.
+
+        Args:
+            clients: node id -> who it is.
+            clients_per_round: clients of one round.
+            cohort_size: most clients that one trainer trains in one batch.
+            seed: fixes every round's sample.
+
+        Raises:
+            InputError: fewer clients have rows than a round needs.
+        """
+        self.node_of = {info.partition_id: node_id for node_id, info in clients.items() if info.num_examples}
+        if clients_per_round > len(self.node_of):
+            raise InputError(
+                f"`clients-per-round` is {clients_per_round}, but only {len(self.node_of)} of {len(clients)} clients "
+                "have rows; lower it, or give more rows."
+            )
+        self._trainer_of = {info.partition_id: info.trainer for info in clients.values()}
+        self._clients_per_round = clients_per_round
+        self._cohort_size = cohort_size
+        self._seed = seed
+
+    def cohorts(self, server_round: int) -> list[tuple[int, ...]]:
+        """The partition ids of a round, in groups that are trained together, each group on one trainer."""
+        rng = np.random.default_rng([self._seed, server_round])
+        sampled = sorted(rng.choice(sorted(self.node_of), self._clients_per_round, replace=False).tolist())
+        cohorts = []
+        for trainer in sorted({self._trainer_of[client] for client in sampled}):
+            members = [client for client in sampled if self._trainer_of[client] == trainer]
+            for first in range(0, len(members), self._cohort_size):
+                cohorts.append(tuple(members[first : first + self._cohort_size]))
+        return cohorts

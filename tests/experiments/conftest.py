@@ -1,0 +1,131 @@
+"""A small but complete run folder, fabricated by the API that the training side uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiments.run_folder import RunFolder
+
+TASKS = [
+    "creative_writing",
+    "closed_qa",
+    "open_qa",
+    "summarization",
+    "information_extraction",
+    "classification",
+    "brainstorming",
+]
+ROUNDS = (0, 5, 10, 15, 20)
+STEPS_PER_ROUND = 20
+
+MakeRun = Callable[..., RunFolder]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """``make_run("name", method=..., after=...)``: a run whose overall test perplexity ends at ``after``."""
+
+    def make(
+        name: str = "run",
+        after: float = 20.0,
+        bare: float = 60.0,
+        summary: dict[str, object] | None = None,
+        ended: bool = True,
+        **config: bool | int | float | str,
+    ) -> RunFolder:
+        values: dict[str, bool | int | float | str] = {
+            "method": "mops",
+            "backbone": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "compression": "none",
+            "quantization": "none",
+            "dataset": "dolly",
+            "seed": 1,
+            "num-clients": 100,
+            "clients-per-round": 10,
+            "lr": 0.01,
+            "eval-rows": 0,
+            "output-dir": str(tmp_path / name),
+        }
+        values |= {key.replace("_", "-"): value for key, value in config.items()}
+        run = RunFolder.create(tmp_path / name, values)
+        log_metrics(run, after=after, bare=bare)
+        run.write_json("partition.json", partition())
+        if ended:
+            run.write_summary({**summary_of(values, after=after, bare=bare), **(summary or {})})
+        return run
+
+    return make
+
+
+def factor(task: str) -> float:
+    """How much harder a task is than the whole set: 0.7, 0.8, ... 1.3."""
+    return 0.7 + 0.1 * TASKS.index(task) if task in TASKS else 1.0
+
+
+def log_metrics(run: RunFolder, after: float, bare: float) -> None:
+    """Perplexity falls from twice ``after`` to ``after``; the gate starts nearly uniform and ends sharp."""
+    for number in ROUNDS:
+        progress = number / ROUNDS[-1]
+
+        def log(
+            metric: str, value: float, task: str = "all", split: str = "test", number: int = number
+        ) -> None:
+            run.log(
+                round=number, client_steps=number * STEPS_PER_ROUND, split=split, task=task, metric=metric,
+                value=value, seconds=2.0 * number,
+            )  # fmt: skip
+
+        for task in ("all", *TASKS):
+            log("perplexity", after * (1 + math.exp(-4 * progress) * (1 - progress)) * factor(task), task)
+            if number == 0:
+                log("perplexity-bare", bare * factor(task), task)
+        if run.config["method"] == "mops":
+            for expert in range(7):
+                for column, task in enumerate(TASKS):
+                    own = 1 / 7 + 0.6 * progress
+                    log(f"gate-expert-{expert}", own if expert == column else (1 - own) / 6, task)
+        log("loss", math.log(after), split="train")
+
+
+def partition() -> dict[str, object]:
+    """100 clients with 3 rows of every task; of each task one client has 45; client 99 has none at all."""
+    clients = []
+    for client in range(100):
+        per_task = {task: 45 if client % 25 == 3 * i else 3 for i, task in enumerate(TASKS)}
+        if client == 99:
+            per_task = {}
+        rows = sum(per_task.values())
+        clients.append({"partition-id": client, "num-rows": rows, "per-task": per_task, "rows": []})
+    return {"tasks": TASKS, "clients": clients}
+
+
+def summary_of(config: dict[str, bool | int | float | str], after: float, bare: float) -> dict[str, object]:
+    """The summary.json of a run that went to its end."""
+    tasks = ("all", *TASKS)
+    copied = ("method", "backbone", "compression", "quantization", "dataset", "seed")
+    return {
+        **{name: config[name] for name in copied},
+        "status": "complete",
+        "data_is_sample": False,
+        "data_description": "Dolly, 5,000 rows of seven tasks (4,500 train, 500 test)",
+        "truncated_rows": 12,
+        "experts": TASKS,
+        "rounds": 20,
+        "client_steps": 400,
+        "num_clients": 100,
+        "clients_per_round": 10,
+        "trainable_parameters": 77_447,
+        "perplexity": {task: after * factor(task) for task in tasks},
+        "perplexity_before": {task: 2 * after * factor(task) for task in tasks},
+        "perplexity_bare": {task: bare * factor(task) for task in tasks},
+        "train_seconds": 754.2,
+        "tokens_per_second": 1234.5,
+        "peak_memory_bytes": 2_100_000_000,
+        "bytes_up": 61_957_600,
+        "bytes_down": 61_957_600,
+        "failures": 1,
+    }
