@@ -47,13 +47,17 @@ class Display:
     def setting(self, setting: Setting) -> None:
         """The data, the model and the split."""
         if setting.data_is_sample:
-            self.say(f"NOTE: the data is {setting.data_description}; give real data with data-path or MOPS_DOLLY.")
+            self.say(
+                f"NOTE: the data is {setting.data_description}; give real data with data-path or MOPS_DOLLY."
+            )
         rows = setting.rows
         self.say(
             f"data: {setting.data_description}: {rows['train']} train, {rows['test']} test, {rows['server']} server "
             f"rows, {rows['truncated']} truncated"
         )
-        self.say(f"model: {setting.num_layers} layers, hidden {setting.hidden_size}, {setting.dtype} on {setting.device}")
+        self.say(
+            f"model: {setting.num_layers} layers, hidden {setting.hidden_size}, {setting.dtype} on {setting.device}"
+        )
 
     def round(self, report: RoundReport, client_steps: int, seconds: float) -> None:
         """A round's training."""

@@ -43,7 +43,12 @@ class InlineGrid(Grid):
         return Run.create_empty(1)
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """A message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -65,7 +70,9 @@ class InlineGrid(Grid):
         """The answers to the given messages."""
         return [self._replies.pop(message_id) for message_id in message_ids]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Push and pull; no answer is ever late."""
         return self.pull_messages(self.push_messages(messages))
 

@@ -16,7 +16,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    StrMethodFormatter,
+)
 
 from experiments.run_folder import ALL_TASKS, Point, RunFolder, series, task_names
 
@@ -119,11 +126,11 @@ def plot_gate(run: RunFolder, target: Path) -> bool:
     rounds = sorted(maps)
     shown = sorted({rounds[0], rounds[len(rounds) // 2], rounds[-1]})
     num_experts = len(maps[rounds[0]])
-    highest = max(float(np.nanmax(maps[number])) for number in shown)
+    highest = max(float(np.nan_to_num(maps[number]).max()) for number in shown) or 1.0
     with _figure(target, height=2.2 + 0.34 * num_experts) as figure:
         panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
         for axes, number in zip(panels, shown, strict=True):
-            image = axes.imshow(maps[number], cmap="cividis", vmin=0, vmax=highest, aspect="auto")
+            image = axes.imshow(maps[number], cmap="Blues", vmin=0, vmax=highest, aspect="auto")
             _write_cells(axes, maps[number], highest)
             axes.set_title("before training" if number == 0 else f"after round {number}")
             axes.set_xticks(range(len(tasks)), [_wrapped(task) for task in tasks], rotation=90, fontsize=8.5)
@@ -158,8 +165,9 @@ def plot_partition(run: RunFolder, target: Path) -> bool:
         top.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         norm = LogNorm(1, max(2.0, counts.max()))
         masked = np.ma.masked_equal(counts, 0)
-        image = bottom.pcolormesh(edges, np.arange(len(tasks) + 1) - 0.5, masked, cmap="viridis_r", norm=norm,
-                                  edgecolors="white", linewidth=0.3 if len(ids) <= 150 else 0)  # fmt: skip
+        image = bottom.pcolormesh(edges, np.arange(len(tasks) + 1) - 0.5, masked, cmap="viridis_r", norm=norm)
+        bottom.hlines(np.arange(1, len(tasks)) - 0.5, -0.5, len(ids) - 0.5, color="white", linewidth=2.5)
+        bottom.tick_params(axis="x", which="both", length=3)
         bottom.invert_yaxis()
         bottom.set_yticks(range(len(tasks)), [readable(task) for task in tasks])
         bottom.xaxis.set_major_locator(MaxNLocator(12, integer=True))
@@ -216,10 +224,12 @@ def _plot_curve(axes: Axes, points: Sequence[Point], **style: Any) -> None:  # n
 
 def _label_perplexity_axes(axes: Axes) -> None:
     axes.set_yscale("log")
-    # Perplexities often span less than a decade, where matplotlib would write 3 x 10^1.
-    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    lowest, highest = axes.get_ylim()
+    # A log scale's own ticks are too few within a decade.
+    narrow = highest / lowest < 6
+    axes.yaxis.set_major_locator(MaxNLocator(9) if narrow else LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("client steps")
     axes.set_ylabel("test perplexity (log scale)")
@@ -231,7 +241,8 @@ def _draw_bare_model(axes: Axes, metrics: Sequence[Mapping[str, Any]], drawn: Se
     """A dotted line at the bare model's overall perplexity, unless it would squeeze the curves together."""
     measured = series(metrics, "perplexity-bare")
     bare = measured[-1].value if measured else math.nan
-    if min(drawn) / 2 <= bare <= max(drawn) * 2:
+    finite = [value for value in drawn if math.isfinite(value)]
+    if finite and min(finite) / 2 <= bare <= max(finite) * 2:
         axes.axhline(bare, color="black", linestyle=":", linewidth=1.2, label="bare model, all tasks")
 
 
@@ -258,7 +269,7 @@ def _write_cells(axes: Axes, scores: np.ndarray, highest: float) -> None:
         return
     for (row, column), score in np.ndenumerate(scores):
         text = "" if math.isnan(score) else f"{score:.2f}".removeprefix("0")
-        colour = "black" if score > 0.55 * highest else "white"
+        colour = "white" if score > 0.55 * highest else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
 
 

@@ -23,7 +23,9 @@ from experiments.inline import InlineGrid
 from mops_fl.config import Scalar
 
 
-def run_on_ray(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signals: Callable[[], None]) -> None:
+def run_on_ray(
+    app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signals: Callable[[], None]
+) -> None:
     """Run the app on Flower's simulation engine, one Ray actor for each processor core, one trainer for all.
 
     Args:
@@ -48,9 +50,7 @@ def run_on_ray(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signal
             server_app_context=_server_context(run.run_id, run_config),
             backend_name="ray",
             # An actor that dies is started again; without this it would fail every later message at once.
-            backend_config={
-                "client_resources": {"num_cpus": 1, "num_gpus": 0, "max_restarts": 100}
-            },
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0, "max_restarts": 100}},
             app_dir=str(app.path),
             run=run,
             is_app=True,
@@ -59,7 +59,9 @@ def run_on_ray(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signal
         ray.shutdown()
 
 
-def run_inline(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signals: Callable[[], None]) -> None:
+def run_inline(
+    app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signals: Callable[[], None]
+) -> None:
     """Run the app in this process, without Ray: same strategies, same clients, same trainer, same results."""
     serverapp, clientapp = (_load(component) for component in app.components())
     assert isinstance(serverapp, ServerApp)

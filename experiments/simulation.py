@@ -78,7 +78,9 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scala
         run_config = _resumed_config(args.resume, app.run_config(()), args.run_config)
     else:
         run_config = app.run_config(args.run_config)
-        run_config["output-dir"] = str(Path(str(run_config["output-dir"] or default_output_dir(run_config))).absolute())
+        run_config["output-dir"] = str(
+            Path(str(run_config["output-dir"] or default_output_dir(run_config))).absolute()
+        )
     if args.num_supernodes is not None:
         run_config["num-clients"] = args.num_supernodes
     config = ExperimentConfig.from_run_config(run_config).client
@@ -90,7 +92,9 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scala
     return run_config
 
 
-def _resumed_config(folder: Path, app_config: dict[str, Scalar], overrides: Sequence[str]) -> dict[str, Scalar]:
+def _resumed_config(
+    folder: Path, app_config: dict[str, Scalar], overrides: Sequence[str]
+) -> dict[str, Scalar]:
     if overrides:
         raise InputError("--resume goes on with the run's own configuration; leave --run-config away.")
     run_config = {**app_config, **RunFolder.open(folder).config}
@@ -121,9 +125,15 @@ def _raise_on_signals() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("flower-simulation", description="Simulate a federation on this machine.")
-    parser.add_argument("--app", required=True, metavar="NAME", help="experiments.dolly, .dolly.fedprompt, or a folder")
-    parser.add_argument("--num-supernodes", type=int, metavar="N", help="virtual clients (default: num-clients)")
+    parser = argparse.ArgumentParser(
+        "flower-simulation", description="Simulate a federation on this machine."
+    )
+    parser.add_argument(
+        "--app", required=True, metavar="NAME", help="experiments.dolly, .dolly.fedprompt, or a folder"
+    )
+    parser.add_argument(
+        "--num-supernodes", type=int, metavar="N", help="virtual clients (default: num-clients)"
+    )
     parser.add_argument(
         "-c",
         "--run-config",
@@ -133,7 +143,10 @@ def _parser() -> argparse.ArgumentParser:
         help='"key=value key=value" or a TOML file; may be repeated',
     )
     parser.add_argument(
-        "--backend", choices=sorted(_BACKENDS), default="ray", help="ray, or inline: one process (default: ray)"
+        "--backend",
+        choices=sorted(_BACKENDS),
+        default="ray",
+        help="ray, or inline: one process (default: ray)",
     )
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
     return parser
