@@ -58,7 +58,15 @@ class ClientConfig:
             InputError: a key is missing or holds a bad value.
         """
         try:
-            return cls(*(read_section(section, run_config) for section in _SECTIONS))
+            return cls(
+                backbone=read_section(BackboneConfig, run_config),
+                data=read_section(DataConfig, run_config),
+                adapter=read_section(AdapterConfig, run_config),
+                pretrain=read_section(PretrainConfig, run_config),
+                train=read_section(TrainConfig, run_config),
+                partition=read_section(PartitionConfig, run_config),
+                trainer=read_section(TrainerConfig, run_config),
+            )
         except InputError:
             raise
         except ValueError as error:

@@ -76,7 +76,8 @@ def train_cohort(
 
 def client_losses(losses: RowLosses, num_clients: int) -> torch.Tensor:
     """`(J,)` the mean over each client's rows of the row's mean loss per token."""
-    return (losses.loss_sum / losses.num_tokens).unflatten(0, (num_clients, -1)).mean(1)
+    per_row = losses.loss_sum / losses.num_tokens
+    return per_row.reshape(num_clients, -1).mean(1)
 
 
 def draw_rows(client: ClientRows, batch_size: int) -> Iterator[list[EncodedRow]]:
@@ -96,4 +97,5 @@ def _tally(losses: RowLosses, num_clients: int) -> torch.Tensor:
     columns = [losses.loss_sum[:, None], losses.num_tokens[:, None]]
     if losses.scores is not None:
         columns.append(losses.scores)
-    return torch.cat(columns, 1).double().unflatten(0, (num_clients, -1)).sum(1).cpu()
+    per_row = torch.cat(columns, 1).double()
+    return per_row.reshape(num_clients, -1, per_row.shape[1]).sum(1).cpu()

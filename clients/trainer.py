@@ -196,9 +196,7 @@ class Trainer:
                 "server": len(server),
                 "truncated": sum(row.truncated for row in [*train, *test, *server]),
             },
-            manifest=build_manifest(
-                self._rows_per_client, [row.task for row in data.train], self._config.partition
-            ),
+            manifest=build_manifest(self._rows_per_client, [row.task for row in data.train], self._config.partition),
             dtype=str(self._backbone.dtype).removeprefix("torch."),
             device=torch.cuda.get_device_name() if self._backbone.device.type == "cuda" else "cpu",
             hidden_size=self._backbone.hidden_size,
@@ -218,12 +216,12 @@ class Trainer:
         return Start(adapter, {INPUT_PROMPTS: start.input_prompts.numpy()}, start.gate_accuracy)
 
     def _evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
-        model = self._prompted_model(frozen)
-        return evaluate(model, Adapter([_tensors(adapter)]).to(self._backbone.device), self._test_rows, self._data.tasks)
+        stacked = Adapter([_tensors(adapter)]).to(self._backbone.device)
+        return evaluate(self._prompted_model(frozen), stacked, self._test_rows, self._data.tasks)
 
     def _evaluate_bare(self) -> Evaluation:
-        no_prompts = {INPUT_PROMPTS: torch.zeros(0, self._backbone.hidden_size).numpy()}
-        model = PromptedModel(self._backbone, self._config.adapter, _tensors(no_prompts)[INPUT_PROMPTS], StateCache(0))
+        no_prompts = torch.zeros(0, self._backbone.hidden_size)
+        model = PromptedModel(self._backbone, self._config.adapter, no_prompts, StateCache(0))
         return evaluate_bare(model, self._test_rows, self._data.tasks)
 
     def _train_cohort(self, request: TrainRequest) -> dict[int, TrainResult]:

@@ -37,9 +37,7 @@ class AppFolder:
         for candidate in (Path(name), *(root.joinpath(*rest) for root in roots)):
             if (candidate / "pyproject.toml").is_file():
                 return cls(candidate.resolve(), ())
-            overlay = (
-                candidate if candidate.suffix == ".toml" else candidate.with_name(f"{candidate.name}.toml")
-            )
+            overlay = candidate if candidate.suffix == ".toml" else candidate.with_name(f"{candidate.name}.toml")
             if overlay.is_file() and (overlay.parent / "pyproject.toml").is_file():
                 return cls(overlay.parent.resolve(), (overlay.resolve(),))
         raise InputError(

@@ -47,9 +47,7 @@ class Display:
     def setting(self, setting: Setting) -> None:
         """The data, the model and the split."""
         if setting.data_is_sample:
-            self.say(
-                f"NOTE: the data is {setting.data_description}; give real data with data-path or MOPS_DOLLY."
-            )
+            self.say(f"NOTE: the data is {setting.data_description}; give real data with data-path or MOPS_DOLLY.")
         rows = setting.rows
         self.say(
             f"data: {setting.data_description}: {rows['train']} train, {rows['test']} test, {rows['server']} server "

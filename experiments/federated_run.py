@@ -55,9 +55,7 @@ class FederatedRun:
         self._began = time.monotonic() - self._progress.elapsed_seconds
         self._round_began = self._began
         self._console = Console(soft_wrap=True)
-        self._display = Display(
-            self._console, config.federation.num_server_rounds, self._progress.rounds_done
-        )
+        self._display = Display(self._console, config.federation.num_server_rounds, self._progress.rounds_done)
 
     def train(self, grid: Grid, sampler: ClientSampler) -> None:
         """Run the rounds that are still to be done, then write adapter, summary and report.
@@ -93,9 +91,7 @@ class FederatedRun:
         bare = self._trainer.evaluate_bare()
         progress.perplexity_bare = bare.perplexity()
         self._log_evaluation(bare, "perplexity-bare")
-        self._display.say(
-            f"test perplexity of the model without prompts: {progress.perplexity_bare['all']:.3f}"
-        )
+        self._display.say(f"test perplexity of the model without prompts: {progress.perplexity_bare['all']:.3f}")
         start = self._trainer.prepare()
         if start.gate_accuracy is not None:
             self._display.say(f"gate pretrained: right on {start.gate_accuracy:.0%} of the server's rows")
@@ -198,9 +194,7 @@ class FederatedRun:
                 "perplexity_bare": progress.perplexity_bare,
                 "train_seconds": progress.train_seconds,
                 "elapsed_seconds": progress.elapsed_seconds,
-                "tokens_per_second": progress.num_tokens / progress.train_seconds
-                if progress.train_seconds
-                else 0.0,
+                "tokens_per_second": progress.num_tokens / progress.train_seconds if progress.train_seconds else 0.0,
                 "peak_memory_bytes": self._trainer.peak_memory_bytes(),
                 "bytes_up": progress.bytes_up,
                 "bytes_down": progress.bytes_down,

@@ -70,15 +70,13 @@ class InlineGrid(Grid):
         """The answers to the given messages."""
         return [self._replies.pop(message_id) for message_id in message_ids]
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push and pull; no answer is ever late."""
         return self.pull_messages(self.push_messages(messages))
 
     def _answer(self, message: Message) -> Message:
         try:
             return self._app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception:  # noqa: BLE001 - whatever a client raises becomes its error reply
+        except Exception:  # whatever a client raises becomes its error reply
             error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=traceback.format_exc())
             return Message(error, reply_to=message)

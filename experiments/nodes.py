@@ -27,8 +27,7 @@ def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> di
     """
     node_ids = _wait_for_nodes(grid, num_clients, patience_seconds)
     questions = [
-        Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node_id)
-        for node_id in node_ids
+        Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in node_ids
     ]
     clients: dict[int, ClientInfo] = {}
     for reply in grid.send_and_receive(questions, timeout=60 + patience_seconds):

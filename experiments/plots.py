@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
@@ -72,18 +71,14 @@ def plot_perplexity(run: RunFolder, target: Path) -> bool:
     tasks = {task: series(metrics, "perplexity", task) for task in task_names(metrics)}
     with _figure(target, height=4.4) as figure:
         axes = figure.add_subplot()
-        _plot_curve(
-            axes, overall, color="black", linewidth=2.6, marker="o", markersize=5, label="all tasks", zorder=5
-        )
+        _plot_curve(axes, overall, color="black", linewidth=2.6, marker="o", markersize=5, label="all tasks", zorder=5)
         # The legend then reads from top to bottom as the curves' ends do.
         order = sorted(tasks, key=lambda task: -_last_value(tasks[task]))
         colours = dict(zip(tasks, cycle(TASK_COLOURS), strict=False))
         for task in order:
             _plot_curve(axes, tasks[task], color=colours[task], linewidth=1.2, marker="o", markersize=2.5,
                         label=readable(task))  # fmt: skip
-        _draw_bare_model(
-            axes, metrics, [point.value for curve in (overall, *tasks.values()) for point in curve]
-        )
+        _draw_bare_model(axes, metrics, [point.value for curve in (overall, *tasks.values()) for point in curve])
         _label_perplexity_axes(axes)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return True
@@ -153,9 +148,7 @@ def plot_partition(run: RunFolder, target: Path) -> bool:
     if not partition or not partition.get("clients"):
         return False
     tasks, clients = partition["tasks"], partition["clients"]
-    counts = np.array(
-        [[client["per-task"].get(task, 0) for client in clients] for task in tasks], dtype=float
-    )
+    counts = np.array([[client["per-task"].get(task, 0) for client in clients] for task in tasks], dtype=float)
     with _figure(target, height=2.6 + 0.27 * len(tasks)) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 0.4 * max(len(tasks), 3)))
         ids = [client["partition-id"] for client in clients]
@@ -180,17 +173,22 @@ def plot_partition(run: RunFolder, target: Path) -> bool:
     return True
 
 
-def run_labels(runs: Sequence[RunFolder]) -> list[str]:
-    """A short name for each run, no two alike: method, seed, what else differs, the folder's name."""
-    labels = [f"{method_name(run.config)}, seed {run.config.get('seed', '?')}" for run in runs]
-    if len(set(labels)) < len(labels):
-        differing = differing_keys([run.config for run in runs], ignore=("method", "seed", "output-dir"))
-        shown = [key for key in differing if all(len(str(run.config.get(key))) <= 12 for run in runs)]
-        labels = [", ".join([label, *(f"{key} {run.config.get(key, '-')}" for key in shown[:2])])
-                  for label, run in zip(labels, runs, strict=True)]  # fmt: skip
-    twice = {label for label, count in Counter(labels).items() if count > 1}
-    return [f"{label} ({run.path.resolve().name})" if label in twice else label
-            for label, run in zip(labels, runs, strict=True)]  # fmt: skip
+def run_labels(runs: Sequence[RunFolder], *, with_seed: bool = True) -> list[str]:
+    """A short name for each run, no two alike: method, seed, what else differs, or its place in `runs`."""
+    labels = [method_name(run.config) for run in runs]
+    if with_seed:
+        labels = [f"{label}, seed {run.config.get('seed', '?')}" for label, run in zip(labels, runs, strict=True)]
+    alike = {label: [run for run, own in zip(runs, labels, strict=True) if own == label] for label in labels}
+    labels = [label + _difference(run, alike[label]) for label, run in zip(labels, runs, strict=True)]
+    return [f"{label}, run {place}" if labels.count(label) > 1 else label for place, label in enumerate(labels, 1)]
+
+
+def _difference(run: RunFolder, alike: Sequence[RunFolder]) -> str:
+    """The first two short config values that tell the run from those `alike`, as text to append."""
+    configs = [other.config for other in alike]
+    keys = differing_keys(configs, ignore=("seed", "output-dir", "resume"))
+    short = [key for key in keys if all(len(str(config.get(key))) <= 12 for config in configs)]
+    return "".join(f", {key} {run.config.get(key, '-')}" for key in short[:2])
 
 
 def differing_keys(configs: Sequence[Mapping[str, Any]], ignore: Sequence[str] = ()) -> list[str]:
@@ -250,9 +248,7 @@ def _gate_maps(metrics: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
     """Mean gate scores by round: arrays (experts, tasks), NaN where nothing was measured."""
     tasks = {task: column for column, task in enumerate(task_names(metrics))}
     prefix = "gate-expert-"
-    entries = [
-        m for m in metrics if m["metric"].startswith(prefix) and m["split"] == "test" and m["task"] in tasks
-    ]
+    entries = [m for m in metrics if m["metric"].startswith(prefix) and m["split"] == "test" and m["task"] in tasks]
     if not entries:
         return {}
     num_experts = 1 + max(int(entry["metric"].removeprefix(prefix)) for entry in entries)
@@ -269,14 +265,15 @@ def _write_cells(axes: Axes, scores: np.ndarray, highest: float) -> None:
         return
     for (row, column), score in np.ndenumerate(scores):
         text = "" if math.isnan(score) else f"{score:.2f}".removeprefix("0")
-        colour = "white" if score > 0.55 * highest else "black"
+        colour = "white" if score > 0.5 * highest else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
 
 
 def _expert_labels(run: RunFolder, num_experts: int) -> list[str]:
-    """The task each expert's gate output was pretrained on, or the expert's number."""
-    known = run.results().get("experts") or []
-    return [_wrapped(known[number]) if number < len(known) else str(number) for number in range(num_experts)]
+    """The tasks each expert was pretrained for in the gate; its number where there are none."""
+    tasks = [[known] if isinstance(known, str) else known for known in run.results().get("experts") or []]
+    tasks += [[]] * (num_experts - len(tasks))
+    return [_wrapped(" + ".join(tasks[number])) or str(number) for number in range(num_experts)]
 
 
 def _wrapped(task: str) -> str:

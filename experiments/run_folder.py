@@ -86,9 +86,7 @@ class RunFolder:
             InputError: if ``path`` is no run folder, or a file in it is corrupt (the message names the file).
         """
         if not (path / CONFIG).is_file():
-            raise InputError(
-                f"{path} is not a run folder (it has no {CONFIG}); name a folder that a run has left."
-            )
+            raise InputError(f"{path} is not a run folder (it has no {CONFIG}); name a folder that a run has left.")
         manifest = _read(path / CONFIG, tomllib.loads)
         if not isinstance(manifest.get("config"), dict):
             raise InputError(f"{path / CONFIG} has no [config] table; restore it or run again.")
@@ -172,9 +170,7 @@ class RunFolder:
     def write_json(self, name: str, content: object) -> None:
         """Write the JSON file ``name`` in one step; numbers that are not finite become ``null``."""
         temporary = self.path / f".{name}.tmp"
-        temporary.write_text(
-            json.dumps(_only_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(json.dumps(_only_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         temporary.replace(self.path / name)
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
@@ -212,9 +208,7 @@ def task_names(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     return [task for task in dict.fromkeys(measured) if task != ALL_TASKS]
 
 
-def _results_so_far(
-    config: Mapping[str, ConfigValue], metrics: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+def _results_so_far(config: Mapping[str, ConfigValue], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A summary without the figures that are known only when a run ends."""
     copied = ("method", "backbone", "compression", "quantization", "dataset", "seed")
     tasks = [ALL_TASKS, *task_names(metrics)]

@@ -4,6 +4,7 @@ The only file that uses private parts of flwr; a test fails clearly when a versi
 """
 
 import importlib
+import logging
 from collections.abc import Callable, Mapping
 
 import ray
@@ -23,9 +24,7 @@ from experiments.inline import InlineGrid
 from mops_fl.config import Scalar
 
 
-def run_on_ray(
-    app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signals: Callable[[], None]
-) -> None:
+def run_on_ray(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signals: Callable[[], None]) -> None:
     """Run the app on Flower's simulation engine, one Ray actor for each processor core, one trainer for all.
 
     Args:
@@ -39,7 +38,7 @@ def run_on_ray(
     run.federation_id = NOOP_FEDERATION_ID
     run.override_config = dict(run_config)
     _identify(run.run_id)
-    ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     catch_signals()
     try:
         _run_simulation(
@@ -59,9 +58,7 @@ def run_on_ray(
         ray.shutdown()
 
 
-def run_inline(
-    app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signals: Callable[[], None]
-) -> None:
+def run_inline(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signals: Callable[[], None]) -> None:
     """Run the app in this process, without Ray: same strategies, same clients, same trainer, same results."""
     serverapp, clientapp = (_load(component) for component in app.components())
     assert isinstance(serverapp, ServerApp)

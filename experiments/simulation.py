@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
         code, status, message = 128 + number, "interrupted", "interrupted; go on with --resume"
-    except Exception:  # noqa: BLE001 - the last line of defence: show it, mark the run, exit with 1
+    except Exception:  # the last line of defence: show it, mark the run, exit with 1
         code, status, message = 1, "failed", traceback.format_exc()
     if message:
         print(f"flower-simulation: {message}", file=sys.stderr)
@@ -78,9 +78,7 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scala
         run_config = _resumed_config(args.resume, app.run_config(()), args.run_config)
     else:
         run_config = app.run_config(args.run_config)
-        run_config["output-dir"] = str(
-            Path(str(run_config["output-dir"] or default_output_dir(run_config))).absolute()
-        )
+        run_config["output-dir"] = str(Path(str(run_config["output-dir"] or default_output_dir(run_config))).absolute())
     if args.num_supernodes is not None:
         run_config["num-clients"] = args.num_supernodes
     config = ExperimentConfig.from_run_config(run_config).client
@@ -92,9 +90,7 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scala
     return run_config
 
 
-def _resumed_config(
-    folder: Path, app_config: dict[str, Scalar], overrides: Sequence[str]
-) -> dict[str, Scalar]:
+def _resumed_config(folder: Path, app_config: dict[str, Scalar], overrides: Sequence[str]) -> dict[str, Scalar]:
     if overrides:
         raise InputError("--resume goes on with the run's own configuration; leave --run-config away.")
     run_config = {**app_config, **RunFolder.open(folder).config}
@@ -125,15 +121,9 @@ def _raise_on_signals() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "flower-simulation", description="Simulate a federation on this machine."
-    )
-    parser.add_argument(
-        "--app", required=True, metavar="NAME", help="experiments.dolly, .dolly.fedprompt, or a folder"
-    )
-    parser.add_argument(
-        "--num-supernodes", type=int, metavar="N", help="virtual clients (default: num-clients)"
-    )
+    parser = argparse.ArgumentParser("flower-simulation", description="Simulate a federation on this machine.")
+    parser.add_argument("--app", required=True, metavar="NAME", help="experiments.dolly, .dolly.fedprompt, or a folder")
+    parser.add_argument("--num-supernodes", type=int, metavar="N", help="virtual clients (default: num-clients)")
     parser.add_argument(
         "-c",
         "--run-config",

@@ -47,7 +47,8 @@ class Gate(nn.Module):
         """
         x = nn.functional.rms_norm(pooled, pooled.shape[-1:]).unflatten(0, (len(self.w1), -1))  # (J, B, D)
         hidden = (x @ self.w1.mT + self.b1[:, None]).relu()
-        return (hidden @ self.w2.mT + self.b2[:, None]).flatten(0, 1)
+        logits: Tensor = hidden @ self.w2.mT + self.b2[:, None]  # (J, B, E)
+        return logits.flatten(0, 1)
 
 
 class Adapter(nn.Module):

@@ -4,6 +4,7 @@ Letters: `T` positions of all packed rows together, `D` hidden size, `V` vocabul
 """
 
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +40,15 @@ class Backbone:
         Raises:
             InputError: the model has no `.model.layers` (not a Llama-like decoder).
         """
-        decoder = getattr(model, "model", None)
+        decoder: Any = getattr(model, "model", None)
         if not all(hasattr(decoder, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
             raise InputError(
                 f"{type(model).__name__} has no `.model.layers` with rotary positions; "
                 "use a decoder-only model of the Llama, Mistral or Qwen family."
             )
-        self.model = model.requires_grad_(False).eval()
-        self.model.config._attn_implementation = PACKED_ATTENTION
+        self.model: Any = model.requires_grad_(False).eval()
+        config: Any = model.config
+        config._attn_implementation = PACKED_ATTENTION
         self.tokenizer = tokenizer
         self._decoder = decoder
         self.num_layers: int = len(decoder.layers)
@@ -78,11 +80,13 @@ class Backbone:
     @property
     def embedding_weight(self) -> Tensor:
         """`(V, D)` token embeddings."""
-        return self._decoder.embed_tokens.weight
+        weight: Tensor = self._decoder.embed_tokens.weight
+        return weight
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token embeddings `(T, D)` of ids `(T,)`, as the first layer takes them."""
-        return self._decoder.embed_tokens(token_ids)
+        embedded: Tensor = self._decoder.embed_tokens(token_ids)
+        return embedded
 
     def run_layers(
         self,
@@ -148,4 +152,3 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     dtype = torch.bfloat16 if native else torch.float32
     logger.info("dtype auto: %s, since the %s %s bfloat16", dtype, device.type, "has" if native else "lacks")
     return dtype
-

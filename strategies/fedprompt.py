@@ -5,8 +5,9 @@ refused and counted instead of ending the run or spoiling the mean. And they are
 in floating point depends on it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -38,7 +39,7 @@ class RoundReport:
     """
 
     server_round: int
-    totals: MetricRecord
+    totals: Mapping[str, Any]
     failures: tuple[str, ...]
     bytes_down: int
     bytes_up: int
@@ -115,7 +116,7 @@ class FedPrompt(FedAvg):
             metrics[_WEIGHT] = 1 if self._weighting == "uniform" else metrics["num-examples"]
         arrays, totals = super().aggregate_train(server_round, usable)
         if totals is not None:
-            self._on_round(RoundReport(number, totals, reasons, self._bytes_down, bytes_up))
+            self._on_round(RoundReport(number, dict(totals), reasons, self._bytes_down, bytes_up))
         return arrays, totals
 
     def check_reply(self, content: RecordDict, expected: ArrayRecord) -> None:
@@ -141,14 +142,14 @@ class FedPrompt(FedAvg):
 
 def sum_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
     """Sum the clients' counts and sums; means are made of these, never of means."""
-    totals = MetricRecord()
+    totals: dict[str, Any] = {}
     for content in contents:
         for name, value in content.metric_records[METRICS].items():
             if isinstance(value, list):
                 totals[name] = np.add(totals.get(name, [0.0] * len(value)), value).tolist()
             elif name != weighted_by_key:
                 totals[name] = totals.get(name, 0) + value
-    return totals
+    return MetricRecord(totals)
 
 
 def num_bytes(content: RecordDict) -> int:

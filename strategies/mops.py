@@ -19,4 +19,4 @@ class MoPs(FedPrompt):
         mass = content.metric_records[METRICS]["gate-mass"]
         (num_experts,) = expected["gate.b2"].shape
         if not isinstance(mass, list) or len(mass) != num_experts or min(mass) < 0:
-            raise InputError(f"Metric gate-mass is {mass}, not one non-negative number for each of {num_experts} experts.")
+            raise InputError(f"Metric gate-mass is {mass}; it must be {num_experts} numbers of at least 0.")

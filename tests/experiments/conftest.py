@@ -47,6 +47,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             "num-clients": 100,
             "clients-per-round": 10,
             "lr": 0.01,
+            "data-seed": 0,
             "eval-rows": 0,
             "output-dir": str(tmp_path / name),
         }
@@ -71,9 +72,7 @@ def log_metrics(run: RunFolder, after: float, bare: float) -> None:
     for number in ROUNDS:
         progress = number / ROUNDS[-1]
 
-        def log(
-            metric: str, value: float, task: str = "all", split: str = "test", number: int = number
-        ) -> None:
+        def log(metric: str, value: float, task: str = "all", split: str = "test", number: int = number) -> None:
             run.log(
                 round=number, client_steps=number * STEPS_PER_ROUND, split=split, task=task, metric=metric,
                 value=value, seconds=2.0 * number,
@@ -113,7 +112,7 @@ def summary_of(config: dict[str, bool | int | float | str], after: float, bare: 
         "data_is_sample": False,
         "data_description": "Dolly, 5,000 rows of seven tasks (4,500 train, 500 test)",
         "truncated_rows": 12,
-        "experts": TASKS,
+        "experts": [[task] for task in TASKS],
         "rounds": 20,
         "client_steps": 400,
         "num_clients": 100,

@@ -1,0 +1,40 @@
+# Everything runs in .venv, made on first use; model and data go to ~/.cache/mops-fl (MOPS_CACHE).
+# TORCH may name another build, for instance a CUDA one: make install TORCH="torch==2.11.0 --index-url ...".
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+export FLWR_TELEMETRY_ENABLED := 0
+
+.PHONY: install fetch dolly test test-slow check bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+fetch: install
+	$(BIN)/mops-fl fetch
+
+dolly: fetch
+	$(BIN)/flower-simulation --app experiments.dolly
+
+test: install
+	$(BIN)/python -m pytest -q
+
+test-slow: install
+	$(BIN)/python -m pytest -q -m slow
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+bench: fetch
+	$(BIN)/python benchmarks/step_speed.py
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,26 @@
+"""`mops-fl`: everything around a run. Each command lives in the file of its name."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before anything imports flwr, which reads it then
+
+from experiments import compare, fetch_command, report
+from mops_fl.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; bad input ends it with one sentence and exit code 2."""
+    parser = argparse.ArgumentParser("mops-fl", description="Fetch model and data, report on runs, compare them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (fetch_command, report, compare):
+        command.add_parser(commands)
+    args = parser.parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except InputError as error:
+        print(f"mops-fl: {error}", file=sys.stderr)
+        return 2
+    return code

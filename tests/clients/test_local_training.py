@@ -1,0 +1,177 @@
+import copy
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from clients.local_training import ClientRows, client_losses, draw_rows, train_cohort
+from mops_fl.adapter import METHODS, Adapter, initial_state
+from mops_fl.config import AdapterConfig, TrainConfig
+from mops_fl.encoding import EncodedRow
+from mops_fl.model import PromptedModel, RowLosses
+from mops_fl.state_cache import StateCache
+from mops_fl.payload import encode_result, from_record, to_record
+from strategies.fedprompt import FedPrompt
+from flwr.app import ConfigRecord, Message
+from flwr.supercore.task_identity import TaskIdentity
+from mops_fl.payload import ClientInfo
+from strategies.sampling import ClientSampler
+
+ADAPTER = AdapterConfig(
+    method="mops", inject_layer=2, num_experts=3, prompts_per_expert=2, gating="attention", pooling="question",
+    prompt_init="random", gate_width=8,
+)  # fmt: skip
+TRAIN = TrainConfig(lr=0.05, batch_size=1, local_steps=3)
+
+
+def encoded_row(row_id):
+    rng = np.random.default_rng(row_id)
+    length, prompt_length = 12 + row_id % 7, 5 + row_id % 3
+    tokens = torch.from_numpy(rng.integers(0, 300, length))
+    return EncodedRow(row_id, tokens, prompt_length, prompt_length, row_id % 3, truncated=False)
+
+
+def client(number, num_rows):
+    return ClientRows([encoded_row(100 * number + i) for i in range(num_rows)], seed=(0, 1, number))
+
+
+@pytest.fixture
+def model(tiny_backbone):
+    input_prompts = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    return PromptedModel(tiny_backbone, ADAPTER, input_prompts, StateCache(1 << 24))
+
+
+def start(method):
+    generator = torch.Generator().manual_seed(2)
+    state = initial_state(replace(ADAPTER, method=method), torch.randn(6, 32, generator=generator), generator)
+    # A gate that starts flat would hide what depends on its scores.
+    return {name: tensor * 10 if name == "gate.w2" else tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_cohort_trains_each_client_as_if_it_were_alone(model, method, batch_size):
+    config = replace(TRAIN, batch_size=batch_size)
+    clients = [client(number, num_rows) for number, num_rows in enumerate((5, 1, 4, 2))]
+    together = train_cohort(model, start(method), clients, config)
+    for member, result in zip(clients, together, strict=True):
+        (alone,) = train_cohort(model, start(method), [member], config)
+        assert list(result.adapter) == list(alone.adapter)
+        for name, trained in alone.adapter.items():
+            np.testing.assert_allclose(result.adapter[name], trained, rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(result.gate_mass, alone.gate_mass, atol=1e-5)
+        assert result.loss_sum == pytest.approx(alone.loss_sum, rel=1e-5)
+        assert (result.num_examples, result.num_steps, result.num_tokens) == (
+            alone.num_examples, alone.num_steps, alone.num_tokens,
+        )  # fmt: skip
+    # The clients differ, or the comparison would prove nothing.
+    for one, other in itertools.combinations(together, 2):
+        assert np.abs(one.adapter["prompts"] - other.adapter["prompts"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_everything_trainable_moves_and_nothing_frozen_does(model, method):
+    weights = {name: tensor.clone() for name, tensor in model.backbone.model.state_dict().items()}
+    input_prompts, before = model.input_prompts.clone(), start(method)
+    given = copy.deepcopy(before)
+    (result,) = train_cohort(model, given, [client(0, 4)], replace(TRAIN, local_steps=2))
+    assert set(result.adapter) == set(before)
+    for name, tensor in before.items():
+        moved = np.abs(result.adapter[name] - tensor.numpy())
+        assert result.adapter[name].dtype == np.float32
+        assert moved.max() > 1e-3, name
+        assert torch.equal(given[name], tensor), f"{name} of the global adapter was changed in place"
+    # Each single prompt, too: a prompt that the injection drops would stay where it was.
+    assert (np.abs(result.adapter["prompts"] - before["prompts"].numpy()).max(1) > 1e-3).all()
+    assert torch.equal(model.input_prompts, input_prompts)
+    after = model.backbone.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+    assert all(p.grad is None for p in model.backbone.model.parameters())
+
+
+def test_rows_come_once_a_pass_each_pass_in_a_new_order():
+    member = client(3, 6)
+    batches = list(itertools.islice(draw_rows(member, 4), 9))  # 36 rows: six passes
+    assert all(len(batch) == 4 for batch in batches)
+    drawn = [row.row_id for batch in batches for row in batch]
+    passes = [drawn[first : first + 6] for first in range(0, 36, 6)]
+    assert all(sorted(one) == [300, 301, 302, 303, 304, 305] for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
+
+
+def test_batch_larger_than_the_clients_rows_repeats_them():
+    (batch,) = itertools.islice(draw_rows(client(0, 2), 6), 1)
+    assert sorted(row.row_id for row in batch) == [0, 0, 0, 1, 1, 1]
+
+
+def test_order_of_rows_is_fixed_by_the_seed_alone():
+    def order(seed):
+        batches = itertools.islice(draw_rows(replace(client(0, 8), seed=seed), 1), 24)
+        return [row.row_id for (row,) in batches]
+
+    assert order((0, 1, 2)) == order((0, 1, 2))
+    assert len({tuple(order(seed)) for seed in ((0, 1, 2), (0, 1, 3), (0, 2, 2), (1, 1, 2))}) == 4
+
+
+def test_metrics_are_sums_over_all_steps(model):
+    config = TrainConfig(lr=1e-12, batch_size=3, local_steps=4)  # so small that the adapter stays the same
+    clients = [client(0, 5), client(1, 2)]
+    results = train_cohort(model, start("mops"), clients, config)
+    for member, result in zip(clients, results, strict=True):
+        drawn = [row for batch in itertools.islice(draw_rows(member, 3), 4) for row in batch]
+        with torch.no_grad():
+            losses = [model.losses(Adapter([start("mops")]), [row]) for row in drawn]
+        assert len(drawn) == 12
+        assert result.num_tokens == sum(len(row.token_ids) - row.prompt_length for row in drawn)
+        assert result.loss_sum == pytest.approx(sum(loss.loss_sum.item() for loss in losses), rel=1e-5)
+        np.testing.assert_allclose(result.gate_mass, sum(loss.scores[0] for loss in losses), rtol=1e-5)
+        assert sum(result.gate_mass) == pytest.approx(12, abs=1e-4)  # one for each row trained on
+        assert (result.num_examples, result.num_steps) == (len(member.rows), 4)
+
+
+def test_without_a_gate_there_is_no_gate_mass(model):
+    (result,) = train_cohort(model, start("fedprompt"), [client(0, 3)], TRAIN)
+    assert result.gate_mass == ()
+
+
+def test_clients_loss_is_the_mean_over_its_rows_of_the_mean_over_tokens():
+    losses = RowLosses(torch.tensor([6.0, 4.0, 1.0, 9.0]), torch.tensor([2.0, 4.0, 1.0, 3.0]), None)
+    assert client_losses(losses, 2).tolist() == [2.0, 2.0]  # (3 + 1) / 2, (1 + 3) / 2
+    assert client_losses(losses, 1).tolist() == [2.0]
+    assert client_losses(losses, 4).tolist() == [3.0, 1.0, 1.0, 3.0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_client_federated_is_the_same_client_trained_centrally(model, method, monkeypatch):
+    member, state = client(0, 4), start(method)
+    config = TrainConfig(lr=0.02, batch_size=2, local_steps=5)
+
+    # Centrally, with Adam written out (betas 0.9 and 0.999, epsilon 1e-8).
+    adapter = Adapter([state])
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in adapter.named_parameters()}
+    for step, batch in enumerate(itertools.islice(draw_rows(member, 2), 5), start=1):
+        losses = [model.losses(adapter, [row]) for row in batch]
+        loss = sum(one.loss_sum[0] / one.num_tokens[0] for one in losses) / 2
+        gradients = torch.autograd.grad(loss, list(adapter.parameters()))
+        with torch.no_grad():
+            for (name, p), gradient in zip(adapter.named_parameters(), gradients, strict=True):
+                mean, square = moments[name]
+                mean.mul_(0.9).add_(0.1 * gradient)
+                square.mul_(0.999).add_(0.001 * gradient**2)
+                p -= 0.02 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+
+    # Federated: one client, one round, uniform weights.
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    sampler = ClientSampler({7: ClientInfo(0, 4, "shared")}, clients_per_round=1, cohort_size=1, seed=0)
+    strategy = FedPrompt(sampler, weighting="uniform", frozen=to_record({}), rounds_done=0, on_round=lambda report: None)
+    sent = to_record({name: tensor.numpy() for name, tensor in state.items()})
+    (message,) = strategy.configure_train(1, sent, ConfigRecord(), grid=None)
+    (result,) = train_cohort(model, state, [member], config)
+    message.metadata.__dict__["_message_id"] = "1"
+    arrays, _ = strategy.aggregate_train(1, [Message(encode_result(result), reply_to=message)])
+
+    for name, p in adapter.named_parameters():
+        np.testing.assert_allclose(from_record(arrays)[name], p.detach()[0].numpy(), rtol=0, atol=1e-5, err_msg=name)

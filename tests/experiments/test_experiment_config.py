@@ -1,0 +1,128 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from clients.config import ClientConfig
+from experiments.app_folder import AppFolder
+from experiments.config import ExperimentConfig, FederationConfig
+from mops_fl.config import section_keys
+from mops_fl.errors import InputError
+
+APP = Path(__file__).parents[2] / "experiments/dolly"
+OVERLAYS = sorted(path.stem for path in APP.glob("*.toml") if path.name != "pyproject.toml")
+
+# What other tools rely on.
+CONTRACT = """method backbone compression quantization dataset data-path seed num-clients clients-per-round
+num-server-rounds local-steps batch-size lr inject-layer num-experts prompts-per-expert gating pooling prompt-init
+weighting evaluate-every eval-rows max-length dtype output-dir""".split()
+
+
+def test_app_configures_a_valid_experiment():
+    config = ExperimentConfig.from_run_config(AppFolder.find(str(APP)).run_config(()))
+    assert config.client.adapter.method == "mops"
+    assert config.client.partition.num_clients == 100
+    assert config.federation.clients_per_round == 10
+    assert config.client.adapter.num_prompts == 70
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlay_changes_the_app_into_another_valid_experiment(overlay):
+    plain = AppFolder.find(str(APP)).run_config(())
+    changed = AppFolder.find(f"experiments.dolly.{overlay}").run_config(())
+    ExperimentConfig.from_run_config(changed)
+    own = tomllib.loads((APP / f"{overlay}.toml").read_text(encoding="utf-8"))
+    assert changed == {**plain, **own}
+    assert changed != plain
+
+
+def test_paper_overlay_holds_the_papers_protocol():
+    config = ExperimentConfig.from_run_config(AppFolder.find("experiments.dolly.paper").run_config(()))
+    client, federation = config.client, config.federation
+    assert (client.partition.num_clients, federation.clients_per_round, federation.num_server_rounds) == (
+        100,
+        10,
+        20,
+    )
+    assert (client.train.local_steps, client.train.batch_size, client.train.lr) == (250, 1, 1e-3)
+    assert (client.partition.partitioner, client.partition.skew, federation.weighting) == (
+        "skewed-shards",
+        15.0,
+        "uniform",
+    )
+    assert (client.adapter.inject_layer, client.adapter.num_experts, client.adapter.prompts_per_expert) == (
+        10,
+        7,
+        10,
+    )
+    assert (client.data.num_rows, client.data.test_fraction, client.trainer.eval_rows) == (5000, 0.1, 0)
+
+
+@pytest.mark.parametrize("key", CONTRACT)
+def test_key_that_other_tools_rely_on_is_there(key, run_config):
+    assert key in run_config()
+
+
+def test_app_has_exactly_the_keys_that_are_read(run_config):
+    assert set(run_config()) == ClientConfig.keys() | section_keys(FederationConfig)
+
+
+def test_unknown_key_is_refused_by_name_with_the_known_ones(run_config):
+    with pytest.raises(
+        InputError, match="Unknown run-config key `learning-rate`; known are: .*local-steps, .*lr,"
+    ):
+        ExperimentConfig.from_run_config({**run_config(), "learning-rate": 0.1})
+
+
+def test_every_key_is_needed(run_config):
+    values = run_config()
+    for key in values:
+        with pytest.raises(InputError, match=f"no `{key}`"):
+            ExperimentConfig.from_run_config({k: v for k, v in values.items() if k != key})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("method", "lora"),
+        ("weighting", "by-loss"),
+        ("partitioner", "zipf"),
+        ("clients-per-round", 0),
+        ("num-server-rounds", 0),
+        ("cohort-size", 0),
+        ("evaluate-every", 0),
+        ("eval-rows", -1),
+        ("cache-megabytes", -1),
+        ("num-clients", 0),
+        ("seed", -1),
+        ("skew", 0.5),
+        ("skew", float("nan")),
+        ("dirichlet-alpha", 0.0),
+        ("shards-per-client", 0),
+    ],
+)
+def test_bad_value_is_refused_by_name(key, value, run_config):
+    with pytest.raises(InputError, match=key) as refusal:
+        ExperimentConfig.from_run_config({**run_config(), key: value})
+    assert str(value) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "choices"),
+    [
+        ("method", ("mops", "fedprompt")),
+        ("weighting", ("uniform", "num-examples")),
+        ("partitioner", ("skewed-shards", "iid", "dirichlet", "shard", "natural-id")),
+    ],
+)
+def test_every_choice_is_accepted_and_a_refusal_lists_them(key, choices, run_config):
+    for choice in choices:
+        ExperimentConfig.from_run_config(run_config({key: choice}))
+    with pytest.raises(InputError, match=f"choose one of: {', '.join(choices)}"):
+        ExperimentConfig.from_run_config(run_config({key: "other"}))
+
+
+def test_more_clients_per_round_than_clients_are_refused(run_config):
+    ExperimentConfig.from_run_config(run_config({"clients-per-round": 10, "num-clients": 10}))
+    with pytest.raises(InputError, match="`clients-per-round` is 11, but `num-clients` is 10"):
+        ExperimentConfig.from_run_config(run_config({"clients-per-round": 11, "num-clients": 10}))

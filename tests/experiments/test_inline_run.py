@@ -1,0 +1,180 @@
+"""Whole runs in this process: real ServerApp, real ClientApp, real trainer, tiny model, bundled sample."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from clients import client_app, trainer
+from experiments import federated_run
+from experiments.app_folder import AppFolder
+from experiments.run_folder import RunFolder, series
+from experiments.runtimes import run_inline
+from mops_fl.adapter_folder import load_adapter
+from mops_fl.data import DOLLY_TASKS
+
+GATE = {"gate.w1": (8, 32), "gate.b1": (8,), "gate.w2": (7, 8), "gate.b2": (7,)}
+PROMPTS = {"prompts": (14, 32), "input-prompts": (14, 32)}
+
+
+def run(run_config, folder, **changes):
+    values = run_config({"output-dir": str(folder), **{key.replace("_", "-"): value for key, value in changes.items()}})
+    run_inline(AppFolder.find("experiments.dolly"), values, catch_signals=lambda: None)
+    return RunFolder.open(folder)
+
+
+def adapter_bits(folder):
+    arrays, _ = load_adapter(folder.path / "adapter")
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _surroundings(tmp_path_factory):
+    """No data of this machine, and one thread: more only wait for each other on a model so small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MOPS_DOLLY", raising=False)
+        patch.setenv("MOPS_CACHE", str(tmp_path_factory.mktemp("empty-cache")))
+        patch.setattr(trainer, "_use_all_cores", lambda: torch.set_num_threads(1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def complete(run_config, tmp_path_factory):
+    """A run with everything, its report included; the others below leave that one out."""
+    return run(run_config, tmp_path_factory.mktemp("runs") / "complete", evaluate_every=1)
+
+
+@pytest.fixture
+def quick_report(monkeypatch):
+    monkeypatch.setattr(federated_run, "write_report", lambda folder: folder.path / "report.html")
+
+
+def test_summary_keeps_the_contract(complete):
+    summary = complete.summary
+    expected = {
+        "status": "complete", "method": "mops", "compression": "none", "quantization": "none", "dataset": "dolly",
+        "seed": 0, "rounds": 2, "num_clients": 10, "clients_per_round": 3, "failures": 0, "data_is_sample": True,
+    }  # fmt: skip
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["backbone"] == complete.config["backbone"]
+    assert summary["client_steps"] == 2 * 3 * 2  # rounds, clients, steps
+    assert summary["trainable_parameters"] == 14 * 32 + (8 * 32 + 8) + (7 * 8 + 7)
+    for key in ("perplexity", "perplexity_before", "perplexity_bare"):
+        assert set(summary[key]) == {"all", *DOLLY_TASKS}
+        assert all(value > 1 for value in summary[key].values())
+    assert summary["perplexity"] != summary["perplexity_before"] != summary["perplexity_bare"]
+    for key in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "bytes_up", "bytes_down"):
+        assert summary[key] > 0
+    # 3 clients, 2 rounds, float32, names and headers beside; P1 goes down only.
+    assert 4 * 775 * 6 < summary["bytes_up"] < 4 * 775 * 6 + 6 * 5 * 150
+    assert 4 * (775 + 14 * 32) * 6 < summary["bytes_down"] < 4 * (775 + 14 * 32) * 6 + 6 * 6 * 150
+    assert summary["experts"] == [[task] for task in DOLLY_TASKS]
+
+
+def test_config_holds_every_value_and_what_it_ran_on(complete, run_config):
+    changes = {"output-dir": str(complete.path), "evaluate-every": 1}
+    assert complete.config == run_config(changes)
+    assert {"flwr", "torch", "transformers", "numpy", "python"} <= set(complete.manifest["versions"])
+
+
+def test_metrics_cover_every_round(complete):
+    metrics = complete.metrics()
+    assert [point.round for point in series(metrics, "perplexity")] == [0, 1, 2]
+    assert [point.client_steps for point in series(metrics, "perplexity")] == [0, 6, 12]
+    assert [point.round for point in series(metrics, "loss", split="train")] == [1, 2]
+    assert [point.round for point in series(metrics, "perplexity-bare")] == [0]
+    for task in DOLLY_TASKS:
+        assert [point.round for point in series(metrics, "perplexity", task)] == [0, 1, 2]
+        scores = [series(metrics, f"gate-expert-{expert}", task) for expert in range(7)]
+        for number in range(3):
+            assert sum(points[number].value for points in scores) == pytest.approx(1, abs=1e-5)
+    assert series(metrics, "perplexity")[-1].value == complete.summary["perplexity"]["all"]
+    # Each row that was trained on has a gate mass of one: 3 clients, 2 steps, batches of 1.
+    for number in range(2):
+        masses = [series(metrics, f"gate-mass-expert-{e}", split="train")[number].value for e in range(7)]
+        assert sum(masses) == pytest.approx(6, abs=1e-4)
+
+
+def test_adapter_can_be_loaded_and_is_what_the_last_checkpoint_holds(complete):
+    arrays, config = load_adapter(complete.path / "adapter")
+    assert {name: array.shape for name, array in arrays.items()} == {**PROMPTS, **GATE}
+    assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in arrays.values())
+    assert (config["method"], config["inject_layer"], config["tasks"]) == ("mops", 2, list(DOLLY_TASKS))
+    checkpoint = federated_run.load_checkpoint(complete.path)
+    for name, array in {**checkpoint.adapter, **checkpoint.frozen}.items():
+        assert array.tobytes() == arrays[name].tobytes()
+    assert checkpoint.progress.rounds_done == 2
+
+
+def test_folder_holds_partition_checkpoints_and_report(complete):
+    clients = complete.partition["clients"]
+    assert [client["partition-id"] for client in clients] == list(range(10))
+    assert sum(client["num-rows"] for client in clients) == 189
+    assert len(list((complete.path / "checkpoints").iterdir())) == 2
+    assert (complete.path / "report.html").stat().st_size > 0
+    assert list(complete.path.glob("**/*.png"))
+    json.loads((complete.path / "summary.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_same_seed_gives_the_same_bits_and_another_seed_does_not(complete, run_config, tmp_path):
+    again, other = run(run_config, tmp_path / "again"), run(run_config, tmp_path / "other", seed=1)
+    assert adapter_bits(again) == adapter_bits(complete)
+    assert again.summary["perplexity"] == complete.summary["perplexity"]
+    assert all(other_bits != adapter_bits(complete)[name] for name, other_bits in adapter_bits(other).items())
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_resumed_run_ends_where_an_uninterrupted_one_does(complete, run_config, tmp_path):
+    first = run(run_config, tmp_path / "run", num_server_rounds=1, evaluate_every=1)
+    assert adapter_bits(first) != adapter_bits(complete)
+    resumed = run(run_config, tmp_path / "run", num_server_rounds=2, evaluate_every=1, resume=True)
+    assert adapter_bits(resumed) == adapter_bits(complete)
+    same = ("rounds", "client_steps", "perplexity", "perplexity_before", "perplexity_bare", "bytes_up", "bytes_down", "status")
+    assert {key: resumed.summary[key] for key in same} == {key: complete.summary[key] for key in same}
+    assert resumed.summary["elapsed_seconds"] > first.summary["elapsed_seconds"]
+
+    def measured(folder):
+        return [(m["round"], m["client-steps"], m["task"], m["metric"], m["value"]) for m in folder.metrics()
+                if m["metric"] != "tokens-per-second"]  # fmt: skip
+
+    assert measured(resumed) == measured(complete)
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_fedprompt_trains_prompts_and_no_gate(complete, run_config, tmp_path):
+    folder = run(run_config, tmp_path / "run", method="fedprompt")
+    arrays, config = load_adapter(folder.path / "adapter")
+    assert {name: array.shape for name, array in arrays.items()} == PROMPTS
+    assert config["method"] == folder.summary["method"] == "fedprompt"
+    assert folder.summary["trainable_parameters"] == 14 * 32
+    assert not any(entry["metric"].startswith("gate") for entry in folder.metrics())
+    # Both methods get the same input prompts and the same bare model.
+    assert adapter_bits(folder)["input-prompts"] == adapter_bits(complete)["input-prompts"]
+    assert folder.summary["perplexity_bare"] == complete.summary["perplexity_bare"]
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_failing_client_is_left_out_counted_and_shown_once(run_config, tmp_path, monkeypatch, capsys):
+    connect = client_app.connect
+
+    def failing(values):
+        trainer = connect(values)
+
+        def train(partition_id, request):
+            if partition_id == min(request.cohort):
+                raise OSError("disk on fire")
+            return trainer.train(partition_id, request)
+
+        return SimpleNamespace(train=train, describe=trainer.describe)
+
+    monkeypatch.setattr(client_app, "connect", failing)
+    folder = run(run_config, tmp_path / "run", cohort_size=3)
+    assert (folder.summary["status"], folder.summary["failures"]) == ("complete", 2)
+    assert folder.summary["client_steps"] == 2 * 2 * 2
+    assert [point.value for point in series(folder.metrics(), "failures", split="train")] == [1, 1]
+    shown = capsys.readouterr().out
+    assert shown.count("OSError: disk on fire") == 1
+    assert shown.count("as above") == 1

@@ -1,0 +1,80 @@
+import time
+
+import pytest
+from flwr.app import Error, Message
+from flwr.supercore.task_identity import TaskIdentity
+
+from experiments.nodes import find_clients
+from mops_fl.errors import InputError
+from mops_fl.payload import ClientInfo, encode_info
+
+
+@pytest.fixture(autouse=True)
+def _task_identity(monkeypatch):
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+class FakeGrid:
+    """Nodes that connect one by one, each time one looks; the answers are ready-made."""
+
+    def __init__(self, answers, seconds_between=0.0):
+        self.answers = answers
+        self.seconds_between = seconds_between
+        self.looks = 0
+        self.began = time.monotonic()
+
+    def get_node_ids(self):
+        self.looks += 1
+        if not self.seconds_between:
+            return list(self.answers)
+        connected = int((time.monotonic() - self.began) / self.seconds_between)
+        return list(self.answers)[:connected]
+
+    def send_and_receive(self, messages, *, timeout):
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = "1"
+            answer = self.answers[message.metadata.dst_node_id]
+            if answer is not None:
+                yield Message(answer, reply_to=message)
+
+
+def info(partition_id, num_examples=4):
+    return encode_info(ClientInfo(partition_id, num_examples, "shared"))
+
+
+def test_clients_are_found_in_order_of_their_partition_ids():
+    clients = find_clients(FakeGrid({50: info(2), 70: info(0, 9), 60: info(1)}), 3, patience_seconds=0.1)
+    assert list(clients) == [70, 60, 50]
+    assert clients[70] == ClientInfo(0, 9, "shared")
+
+
+def test_waits_as_long_as_nodes_keep_arriving():
+    # Four nodes, one every 0.15 s: longer in all than the patience, but never from one to the next.
+    grid = FakeGrid({10 + i: info(i) for i in range(4)}, seconds_between=0.15)
+    assert len(find_clients(grid, 4, patience_seconds=0.4)) == 4
+    assert grid.looks > 2
+    assert time.monotonic() - grid.began > 0.55
+
+
+def test_too_few_nodes_are_an_input_error_after_the_patience():
+    grid = FakeGrid({10: info(0), 11: info(1)})
+    with pytest.raises(InputError, match="2 SuperNodes are connected, but num-clients is 3"):
+        find_clients(grid, 3, patience_seconds=0.1)
+    assert 0.1 < time.monotonic() - grid.began < 5
+
+
+@pytest.mark.parametrize(
+    ("answers", "complaint"),
+    [
+        ({10: info(0), 11: info(0)}, r"\[0, 0\], not 0 to 1 once each"),
+        ({10: info(1), 11: info(2)}, r"\[1, 2\], not 0 to 1 once each"),
+        ({10: info(0), 11: info(1), 12: info(2)}, r"\[0, 1, 2\], not 0 to 1 once each"),
+        ({10: info(0), 11: None}, r"\[0\], not 0 to 1 once each"),
+        ({10: info(0), 11: Error(code=2, reason="no partition-id")}, "Node 11 cannot take part: no partition-id"),
+    ],
+    ids=["same twice", "not from 0", "one too many", "one silent", "one failed"],
+)
+def test_nodes_that_are_not_the_clients_are_an_input_error(answers, complaint):
+    with pytest.raises(InputError, match=complaint):
+        find_clients(FakeGrid(answers), 2, patience_seconds=0.1)

@@ -1,0 +1,117 @@
+"""A run folder says again what was written into it, survives a kill, and names the file that is broken."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from experiments.run_folder import RunFolder, series, task_names
+from mops_fl.errors import InputError
+
+CONFIG = {"method": "mops", "seed": 3, "lr": 0.01, "resume": False}
+
+
+def log(run, number, value, **other):
+    entry = {"round": number, "client_steps": 10 * number, "split": "test", "task": "all", "metric": "perplexity"}
+    run.log(**{**entry, "value": value, "seconds": 1.5, **other})
+
+
+def test_create_writes_every_value_with_its_type_and_the_surroundings(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "new" / "run", CONFIG)
+    manifest = tomllib.loads((tmp_path / "new/run/config.toml").read_text(encoding="utf-8"))
+    assert manifest["config"] == CONFIG
+    assert type(manifest["config"]["resume"]) is bool
+    assert {"python", "numpy", "flwr"} <= manifest["versions"].keys()
+    assert manifest["machine"]["memory-bytes"] > 2**20
+    assert manifest["command"]
+    assert manifest["started"].endswith("+00:00")
+    assert RunFolder.open(tmp_path / "new/run").config == CONFIG
+
+
+def test_create_takes_an_empty_folder_and_refuses_a_used_one(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, CONFIG)
+    before = (tmp_path / "config.toml").read_bytes()
+    with pytest.raises(InputError, match="is not empty; choose another output-dir"):
+        RunFolder.create(tmp_path, {"method": "other"})
+    assert (tmp_path / "config.toml").read_bytes() == before
+
+
+def test_create_refuses_a_path_through_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        RunFolder.create(tmp_path / "file" / "run", CONFIG)
+
+
+def test_a_line_has_the_contract_s_keys_and_null_for_nan(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    log(run, 2, math.nan, task="closed_qa")
+    log(run, 3, math.inf)
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0]) == {
+        "round": 2, "client-steps": 20, "split": "test", "task": "closed_qa", "metric": "perplexity",
+        "value": None, "seconds": 1.5,
+    }  # fmt: skip
+    assert json.loads(lines[1])["value"] is None
+    assert math.isnan(series(run.metrics(), "perplexity")[0].value)
+
+
+def test_torn_last_line_is_skipped_and_not_glued_to_the_next(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    log(run, 0, 9.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 1, "client-st')
+    assert [entry["round"] for entry in RunFolder.open(tmp_path).metrics()] == [0]
+    log(run, 1, 8.0)
+    assert [entry["value"] for entry in RunFolder.open(tmp_path).metrics()] == [9.0, 8.0]
+
+
+def test_series_is_in_order_of_rounds_and_a_repeated_round_counts_once(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    for number, value in ((0, 9.0), (10, 7.0), (5, 8.0), (10, 6.0)):
+        log(run, number, value)
+    log(run, 5, 1.0, task="open_qa")
+    log(run, 5, 2.0, split="train", task="not_measured")
+    assert series(run.metrics(), "perplexity") == [(0, 0, 9.0), (5, 50, 8.0), (10, 100, 6.0)]
+    assert task_names(run.metrics()) == ["open_qa"]
+
+
+@pytest.mark.parametrize("name", ["config.toml", "summary.json", "partition.json", "metrics.jsonl"])
+def test_open_names_the_corrupt_file(make_run, name: str) -> None:
+    run = make_run()
+    (run.path / name).write_text("{ half a file\n")
+    with pytest.raises(InputError, match=f"{name} is corrupt"):
+        RunFolder.open(run.path)
+
+
+def test_open_refuses_a_folder_that_no_run_has_left(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a run folder"):
+        RunFolder.open(tmp_path)
+
+
+def test_summary_is_replaced_in_one_step(make_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    first = run.summary
+
+    def killed(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.write_summary({"status": "interrupted"})
+    assert run.summary == first
+    run.write_summary({"status": "complete", "perplexity": {"all": math.nan}})
+    assert run.summary == {"status": "complete", "perplexity": {"all": None}}
+
+
+def test_results_without_a_summary_come_from_the_log(make_run) -> None:
+    results = make_run(after=20.0, bare=60.0, ended=False).results()
+    assert results["status"] == "unfinished"
+    assert (results["rounds"], results["client_steps"], results["method"]) == (20, 400, "mops")
+    assert results["perplexity_before"]["all"] == 40.0
+    assert results["perplexity"]["all"] == 20.0
+    assert results["perplexity_bare"]["open_qa"] == pytest.approx(60.0 * 0.9)

@@ -1,0 +1,196 @@
+"""`flower-simulation`, inline: what it prints, what it returns, what it leaves."""
+
+import json
+import logging
+import os
+import signal
+
+import pytest
+import tomli_w
+import torch
+
+from clients import trainer
+from experiments import federated_run, simulation
+from experiments.run_folder import RunFolder
+from mops_fl.adapter_folder import load_adapter
+from strategies.fedprompt import FedPrompt
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch):
+    """One thread, no report; signal handlers and log levels are put back."""
+    monkeypatch.setattr(trainer, "_use_all_cores", lambda: torch.set_num_threads(1))
+    monkeypatch.setattr(federated_run, "write_report", lambda folder: folder.path / "report.html")
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    loggers = {name: logging.getLogger(name).level for name in ("flwr", "mops_fl")}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for name, level in loggers.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+def command(run_config, tmp_path, capsys):
+    """``command("--flag", ..., key=value)``: exit code and stderr of a tiny run into ``tmp_path / "run"``."""
+
+    def call(*arguments, app="experiments.dolly", configured=True, **changes):
+        arguments = ["--app", app, "--backend", "inline", *arguments]
+        if configured:
+            values = run_config({"output-dir": str(tmp_path / "run")}) | {k.replace("_", "-"): v for k, v in changes.items()}
+            (tmp_path / "values.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
+            arguments += ["--run-config", str(tmp_path / "values.toml")]
+        code = simulation._run(simulation._parser().parse_args(arguments))
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def adapter_bits(folder):
+    return {name: array.tobytes() for name, array in load_adapter(folder / "adapter")[0].items()}
+
+
+def assert_refused(outcome, complaint):
+    """Exit code 2 and one line that says what is wrong: no traceback, nothing else."""
+    code, errors = outcome
+    assert code == 2
+    assert errors.startswith("flower-simulation: ")
+    assert complaint in errors
+    assert errors.count("\n") == 1, errors
+    assert errors.endswith("\n")
+    assert "Traceback" not in errors
+
+
+def test_good_run_returns_0_and_complains_of_nothing(command, tmp_path):
+    assert command() == (0, "")
+    assert summary_of(tmp_path / "run")["status"] == "complete"
+
+
+def test_num_supernodes_is_the_number_of_clients(command, tmp_path):
+    assert command("--num-supernodes", "4") == (0, "")
+    assert summary_of(tmp_path / "run")["num_clients"] == 4
+
+
+def test_overlay_and_text_change_the_run(command, tmp_path):
+    assert command("-c", "method='fedprompt' num-server-rounds=1") == (0, "")
+    summary = summary_of(tmp_path / "run")
+    assert (summary["method"], summary["rounds"]) == ("mops", 2)  # the later file holds both
+    assert RunFolder.open(tmp_path / "run").config["method"] == "mops"
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"learning_rate": 0.1}, "learning-rate"),
+        ({"method": "lora"}, "`method` is 'lora'; choose one of: mops, fedprompt."),
+        ({"gating": "softmax"}, "`gating` is 'softmax'; choose one of: attention, embedding."),
+        ({"partitioner": "zipf"}, "Unknown partitioner 'zipf'"),
+        ({"dataset": "alpaca"}, "`dataset` is 'alpaca'; choose one of: dolly."),
+        ({"lr": 0.0}, "`lr` is 0.0; it must be a positive number."),
+        ({"lr": "high"}, "`lr` is 'high'; it must be of type float."),
+        ({"local_steps": 1.5}, "`local-steps` is 1.5; it must be of type int."),
+        ({"clients_per_round": 11}, "`clients-per-round` is 11, but `num-clients` is 10"),
+        ({"clients_per_round": 60, "num_clients": 60}, "`clients-per-round` is 60, but only"),
+        ({"backbone": "someone/no-such-model"}, "The backbone 'someone/no-such-model' is neither"),
+        ({"data_path": "missing.jsonl"}, "data-path names missing.jsonl, which does not exist"),
+        ({"inject_layer": 4}, "`inject-layer` is 4, but the backbone has layers 0 to 3"),
+        ({"num_rows": 20}, "too few to train and test on"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_returns_2_with_one_clear_line_and_leaves_no_folder(command, tmp_path, changes, complaint):
+    assert_refused(command(**changes), complaint)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("app", ["experiments.alpaca", "experiments.dolly.alpaca", "no/such/folder"])
+def test_unknown_app_returns_2(command, app):
+    assert_refused(command(app=app), f"There is no app '{app}'")
+
+
+def test_occupied_output_folder_returns_2_and_is_left_alone(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/diary.txt").write_text("dear diary")
+    assert_refused(command(), "is not empty; choose another output-dir")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["diary.txt"]
+
+
+def test_folder_of_a_finished_run_returns_2_and_is_left_alone(command, tmp_path):
+    assert command(num_server_rounds=1)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert_refused(command(), "is not empty; choose another output-dir")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_resume_of_no_run_returns_2(command, tmp_path):
+    assert_refused(command("--resume", str(tmp_path / "nothing"), configured=False), "is not a run folder")
+
+
+def test_resume_takes_no_run_config(command, tmp_path):
+    assert command(num_server_rounds=1)[0] == 0
+    assert_refused(command("--resume", str(tmp_path / "run")), "leave --run-config away")
+
+
+def test_round_in_which_every_client_fails_returns_1_and_marks_the_run_failed(command, tmp_path, monkeypatch):
+    def burn(*_):
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr(trainer, "train_cohort", burn)
+    code, errors = command()
+    assert code == 1
+    assert errors.startswith("flower-simulation: Round 1 had no usable reply from 3 clients.")
+    assert errors.count("OSError: disk on fire") == 1
+    summary = summary_of(tmp_path / "run")
+    assert (summary["status"], summary["rounds"]) == ("failed", 0)
+    assert summary["perplexity"]["all"] > 1
+
+
+def test_unforeseen_error_returns_1_with_its_traceback_and_marks_the_run_failed(command, tmp_path, monkeypatch):
+    def break_down(*_):
+        raise ZeroDivisionError("unforeseen")
+
+    monkeypatch.setattr(FedPrompt, "aggregate_train", break_down)
+    code, errors = command()
+    assert code == 1
+    assert "Traceback" in errors
+    assert "ZeroDivisionError: unforeseen" in errors
+    assert summary_of(tmp_path / "run")["status"] == "failed"
+
+
+def interrupt_in_round_2(monkeypatch, number):
+    """A real signal to this very process while round 2 is aggregated."""
+    aggregate = FedPrompt.aggregate_train
+
+    def interrupted(self, server_round, replies):
+        if server_round == 2:
+            os.kill(os.getpid(), number)
+        return aggregate(self, server_round, replies)
+
+    monkeypatch.setattr(FedPrompt, "aggregate_train", interrupted)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signal_ends_the_run_with_its_code_and_a_valid_folder(command, tmp_path, monkeypatch, number, code):
+    interrupt_in_round_2(monkeypatch, number)
+    assert command() == (code, "flower-simulation: interrupted; go on with --resume\n")
+    run = RunFolder.open(tmp_path / "run")
+    assert (run.summary["status"], run.summary["rounds"], run.summary["client_steps"]) == ("interrupted", 1, 6)
+    assert max(entry["round"] for entry in run.metrics()) == 1
+
+
+def test_interrupted_run_goes_on_where_it_was(command, tmp_path, monkeypatch):
+    assert command(output_dir=str(tmp_path / "straight"))[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_in_round_2(patch, signal.SIGINT)
+        assert command()[0] == 130
+    trainer_cache = __import__("clients.resident", fromlist=["resident"])._local_trainer
+    trainer_cache.cache_clear()  # as in a new process
+    assert command("--resume", str(tmp_path / "run"), configured=False) == (0, "")
+    assert summary_of(tmp_path / "run")["status"] == "complete"
+    assert adapter_bits(tmp_path / "run") == adapter_bits(tmp_path / "straight")

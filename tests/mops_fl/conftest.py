@@ -1,0 +1,75 @@
+"""Fixtures for the model side: a small adapter config, encoded rows of random tokens, adapter states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mops_fl.adapter import AdapterState, initial_state
+from mops_fl.config import AdapterConfig, DataConfig
+from mops_fl.encoding import EncodedRow
+
+AdapterConfigOf = Callable[..., AdapterConfig]
+DataConfigOf = Callable[..., DataConfig]
+MakeRow = Callable[..., EncodedRow]
+MakeState = Callable[..., AdapterState]
+
+
+@pytest.fixture(scope="session")
+def adapter_config() -> AdapterConfigOf:
+    """``adapter_config(gating="embedding")``: three experts of two prompts at layer 2 of the tiny model's 4."""
+
+    def make(**changes: str | int) -> AdapterConfig:
+        values = {
+            "method": "mops", "inject_layer": 2, "num_experts": 3, "prompts_per_expert": 2, "gating": "attention",
+            "pooling": "question", "prompt_init": "random", "gate_width": 8,
+        }  # fmt: skip
+        return AdapterConfig(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_config() -> DataConfigOf:
+    """``data_config(max_length=64)``: nothing is cut off, the response carries the loss."""
+
+    def make(**changes: str | int | float) -> DataConfig:
+        values = {
+            "dataset": "dolly", "data_path": "", "data_seed": 0, "num_rows": 100, "test_fraction": 0.1,
+            "server_rows": 14, "max_length": 1000, "loss_on": "response",
+        }  # fmt: skip
+        return DataConfig(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_row() -> MakeRow:
+    """``make_row(3, num_tokens=12, prompt_length=8)``: a row of tokens drawn by its id."""
+
+    def make(row_id: int, num_tokens: int = 12, prompt_length: int = 8, task: int = 0, **changes: int) -> EncodedRow:
+        token_ids = torch.randint(300, (num_tokens,), generator=torch.Generator().manual_seed(row_id))
+        values = {"prompt_length": prompt_length, "loss_start": prompt_length, "truncated": False}
+        return EncodedRow(row_id=row_id, token_ids=token_ids, task=task, **{**values, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_state() -> MakeState:
+    """``make_state(config, seed)``: an adapter whose gate is far from flat, so that gating shows."""
+
+    def make(config: AdapterConfig, seed: int = 0) -> AdapterState:
+        generator = torch.Generator().manual_seed(seed)
+        prompts = torch.randn(config.num_prompts, 32, generator=generator)
+        state = initial_state(config, prompts, generator)
+        gate = {
+            name: 3 * tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in state.items()
+            if name != "prompts"
+        }
+        return {**state, **gate}
+
+    return make
