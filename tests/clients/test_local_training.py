@@ -5,18 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from flwr.app import ConfigRecord, Message
+from flwr.supercore.task_identity import TaskIdentity
 
 from clients.local_training import ClientRows, client_losses, draw_rows, train_cohort
 from mops_fl.adapter import METHODS, Adapter, initial_state
 from mops_fl.config import AdapterConfig, TrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.model import PromptedModel, RowLosses
+from mops_fl.payload import ClientInfo, encode_result, from_record, to_record
 from mops_fl.state_cache import StateCache
-from mops_fl.payload import encode_result, from_record, to_record
 from strategies.fedprompt import FedPrompt
-from flwr.app import ConfigRecord, Message
-from flwr.supercore.task_identity import TaskIdentity
-from mops_fl.payload import ClientInfo
 from strategies.sampling import ClientSampler
 
 ADAPTER = AdapterConfig(
@@ -166,7 +165,9 @@ def test_one_client_federated_is_the_same_client_trained_centrally(model, method
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
     sampler = ClientSampler({7: ClientInfo(0, 4, "shared")}, clients_per_round=1, cohort_size=1, seed=0)
-    strategy = FedPrompt(sampler, weighting="uniform", frozen=to_record({}), rounds_done=0, on_round=lambda report: None)
+    strategy = FedPrompt(
+        sampler, weighting="uniform", frozen=to_record({}), rounds_done=0, on_round=lambda report: None
+    )
     sent = to_record({name: tensor.numpy() for name, tensor in state.items()})
     (message,) = strategy.configure_train(1, sent, ConfigRecord(), grid=None)
     (result,) = train_cohort(model, state, [member], config)

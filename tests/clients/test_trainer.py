@@ -178,7 +178,7 @@ def test_bad_setting_is_an_input_error(run_config, changes, complaint):
 def test_bad_line_of_data_is_an_input_error(run_config, tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_text(line + "\n", encoding="utf-8")
-    with pytest.raises(InputError, match="Line 1 of .*rows.jsonl"):
+    with pytest.raises(InputError, match=r"Line 1 of .*rows\.jsonl"):
         Trainer(run_config({"data-path": str(path)})).setting()
 
 

@@ -54,7 +54,9 @@ def test_app_is_found_from_the_working_directory(name, app, monkeypatch):
     assert AppFolder.find(name) == AppFolder(app, overlays)
 
 
-@pytest.mark.parametrize("name", ["experiments.alpaca", "experiments.dolly.alpaca", "nowhere", "no/such/folder", "tiny/x.toml"])
+@pytest.mark.parametrize(
+    "name", ["experiments.alpaca", "experiments.dolly.alpaca", "nowhere", "no/such/folder", "tiny/x.toml"]
+)
 def test_unknown_app_is_refused_by_name(name, app, monkeypatch):
     monkeypatch.chdir(app.parent)
     with pytest.raises(InputError, match=f"no app '{name}'; give a folder"):

@@ -27,7 +27,9 @@ def app():
         context.state["total"] = MetricRecord({"value": total})
         facts = {"partition-id": context.node_config["partition-id"], "of": context.node_config["num-partitions"]}
         return Message(
-            RecordDict({"total": MetricRecord({"value": total}), "facts": ConfigRecord({**facts, **context.run_config})}),
+            RecordDict(
+                {"total": MetricRecord({"value": total}), "facts": ConfigRecord({**facts, **context.run_config})}
+            ),
             reply_to=message,
         )
 
@@ -36,9 +38,13 @@ def app():
 
 def ask(grid, **value_of_node):
     messages = [
-        Message(RecordDict({"config": ConfigRecord({"value": value})}), dst_node_id=int(node[1:]), message_type=MessageType.TRAIN)
+        Message(
+            RecordDict({"config": ConfigRecord({"value": value})}),
+            dst_node_id=int(node.removeprefix("n")),
+            message_type=MessageType.TRAIN,
+        )
         for node, value in value_of_node.items()
-    ]  # fmt: skip
+    ]
     return {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages)}
 
 

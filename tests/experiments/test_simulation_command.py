@@ -12,7 +12,6 @@ import torch
 from clients import trainer
 from experiments import federated_run, simulation
 from experiments.run_folder import RunFolder
-from mops_fl.adapter_folder import load_adapter
 from strategies.fedprompt import FedPrompt
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -37,12 +36,15 @@ def command(run_config, tmp_path, capsys):
     """``command("--flag", ..., key=value)``: exit code and stderr of a tiny run into ``tmp_path / "run"``."""
 
     def call(*arguments, app="experiments.dolly", configured=True, **changes):
-        arguments = ["--app", app, "--backend", "inline", *arguments]
+        tiny = []
         if configured:
-            values = run_config({"output-dir": str(tmp_path / "run")}) | {k.replace("_", "-"): v for k, v in changes.items()}
+            values = run_config({"output-dir": str(tmp_path / "run")}) | {
+                k.replace("_", "-"): v for k, v in changes.items()
+            }
             (tmp_path / "values.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
-            arguments += ["--run-config", str(tmp_path / "values.toml")]
-        code = simulation._run(simulation._parser().parse_args(arguments))
+            tiny = ["--run-config", str(tmp_path / "values.toml")]
+        every = ["--app", app, "--backend", "inline", *tiny, *arguments]
+        code = simulation._run(simulation._parser().parse_args(every))
         return code, capsys.readouterr().err
 
     return call
@@ -50,10 +52,6 @@ def command(run_config, tmp_path, capsys):
 
 def summary_of(folder):
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-
-
-def adapter_bits(folder):
-    return {name: array.tobytes() for name, array in load_adapter(folder / "adapter")[0].items()}
 
 
 def assert_refused(outcome, complaint):
@@ -77,11 +75,21 @@ def test_num_supernodes_is_the_number_of_clients(command, tmp_path):
     assert summary_of(tmp_path / "run")["num_clients"] == 4
 
 
-def test_overlay_and_text_change_the_run(command, tmp_path):
-    assert command("-c", "method='fedprompt' num-server-rounds=1") == (0, "")
+def test_later_run_config_wins_over_a_file(command, tmp_path):
+    assert command("-c", "method='fedprompt' seed=3", "-c", "seed=4 num-server-rounds=1") == (0, "")
     summary = summary_of(tmp_path / "run")
-    assert (summary["method"], summary["rounds"]) == ("mops", 2)  # the later file holds both
-    assert RunFolder.open(tmp_path / "run").config["method"] == "mops"
+    assert (summary["method"], summary["seed"], summary["rounds"]) == ("fedprompt", 4, 1)
+    assert RunFolder.open(tmp_path / "run").config["method"] == "fedprompt"
+
+
+def test_relative_paths_are_made_absolute_before_anything_runs_elsewhere(
+    command, tmp_path, monkeypatch, tiny_model_folder
+):
+    monkeypatch.chdir(tiny_model_folder.parent)
+    assert command(output_dir="here/run", backbone=tiny_model_folder.name, num_server_rounds=1) == (0, "")
+    config = RunFolder.open(tiny_model_folder.parent / "here/run").config
+    assert config["backbone"] == str(tiny_model_folder)
+    assert config["output-dir"] == str(tiny_model_folder.parent / "here/run")
 
 
 @pytest.mark.parametrize(
@@ -182,15 +190,3 @@ def test_signal_ends_the_run_with_its_code_and_a_valid_folder(command, tmp_path,
     run = RunFolder.open(tmp_path / "run")
     assert (run.summary["status"], run.summary["rounds"], run.summary["client_steps"]) == ("interrupted", 1, 6)
     assert max(entry["round"] for entry in run.metrics()) == 1
-
-
-def test_interrupted_run_goes_on_where_it_was(command, tmp_path, monkeypatch):
-    assert command(output_dir=str(tmp_path / "straight"))[0] == 0
-    with monkeypatch.context() as patch:
-        interrupt_in_round_2(patch, signal.SIGINT)
-        assert command()[0] == 130
-    trainer_cache = __import__("clients.resident", fromlist=["resident"])._local_trainer
-    trainer_cache.cache_clear()  # as in a new process
-    assert command("--resume", str(tmp_path / "run"), configured=False) == (0, "")
-    assert summary_of(tmp_path / "run")["status"] == "complete"
-    assert adapter_bits(tmp_path / "run") == adapter_bits(tmp_path / "straight")

@@ -84,7 +84,7 @@ def test_row_in_a_pack_equals_the_row_alone():
         assert torch.equal(attend(*row, [length]), out)
 
 
-@pytest.mark.parametrize("window", [None, 2, 9, 10])
+@pytest.mark.parametrize("window", [None, 2, 8, 9, 10])
 @pytest.mark.parametrize("num_groups", [4, 2, 1])
 def test_matmul_and_fused_kernels_agree(num_groups, window):
     qkv = random_qkv(9, num_groups=num_groups)

@@ -68,6 +68,15 @@ def test_layers_run_in_two_parts_are_the_whole(tiny_backbone):
     assert torch.equal(tiny_backbone.run_layers(hidden, LENGTHS, 2, 2), hidden)
 
 
+def test_positions_start_at_zero_in_each_row(tiny_backbone, monkeypatch):
+    seen, rotary = [], tiny_backbone.model.model.rotary_emb.forward
+    monkeypatch.setattr(
+        tiny_backbone.model.model.rotary_emb, "forward", lambda x, ids: seen.append(ids.tolist()) or rotary(x, ids)
+    )
+    tiny_backbone.run_layers(torch.zeros(6, 32), [3, 1, 2], 1, 3)
+    assert seen == [[[0, 1, 2, 0, 0, 1]]]
+
+
 def test_token_nll_is_the_written_out_log_softmax(tiny_backbone):
     hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([3, 299, 0, 7, 7])

@@ -175,6 +175,11 @@ def test_small_set_is_used_whole_with_both_shares_shrunk_alike(data_config):
     assert (len(train), len(test), len(server)) == (135, 15, 30)
 
 
+def test_small_sets_large_task_gives_the_server_no_more_than_its_shrunk_share(data_config):
+    rows = rows_of(a=100, b=50, c=30)  # half of 60 over three tasks
+    assert max(counts(draw_parts(rows, TASKS, data_config(num_rows=300, server_rows=60))[2]).values()) == 10
+
+
 @pytest.mark.parametrize("size", [0, 1, 4])
 def test_task_with_too_few_rows_is_refused_by_name(size, data_config):
     rows = [*rows_of(a=300, c=300), *[Row(1000 + i, "q", "", "r", "b") for i in range(size)]]

@@ -173,6 +173,7 @@ def test_negative_layer_is_refused(adapter_config):
 def test_frozen_part_gets_no_gradient(build, adapter_config, make_row, make_state):
     config = adapter_config()
     model = build(config)
+    model.input_prompts.requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in model.backbone.model.state_dict().items()}
     model.losses(Adapter([make_state(config)]), [make_row(1)]).loss_sum.sum().backward()
     assert all(parameter.grad is None for parameter in model.backbone.model.parameters())

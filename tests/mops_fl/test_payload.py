@@ -21,7 +21,11 @@ from mops_fl.payload import (
 
 # Subnormal, largest, smallest, negative zero and one third: any detour over text or float64 rounding would show.
 PROMPTS = np.array([[1e-45, 3.4028235e38, -1.1754944e-38], [-0.0, 1 / 3, 1.0]], np.float32)
-ADAPTER = {"prompts": PROMPTS, "gate.w1": np.arange(6, dtype=np.float32).reshape(3, 2), "gate.b2": np.zeros(2, np.float32)}
+ADAPTER = {
+    "prompts": PROMPTS,
+    "gate.w1": np.arange(6, dtype=np.float32).reshape(3, 2),
+    "gate.b2": np.zeros(2, np.float32),
+}
 INPUT_PROMPTS = np.array([[0.1, 0.2, 0.3]], np.float32)
 RESULT = TrainResult(
     adapter=ADAPTER, num_examples=5, num_steps=2, num_tokens=40, loss_sum=81.25, seconds=0.5, gate_mass=(1.25, 0.75)
@@ -56,8 +60,13 @@ def test_result_arrives_bit_for_bit():
     content = through_the_wire(encode_result(RESULT))
     assert_same_bits(from_record(content.array_records["arrays"]), ADAPTER)
     assert dict(content.metric_records["metrics"]) == {
-        "num-examples": 5, "num-steps": 2, "num-tokens": 40, "loss-sum": 81.25, "seconds": 0.5, "gate-mass": [1.25, 0.75],
-    }  # fmt: skip
+        "num-examples": 5,
+        "num-steps": 2,
+        "num-tokens": 40,
+        "loss-sum": 81.25,
+        "seconds": 0.5,
+        "gate-mass": [1.25, 0.75],
+    }
 
 
 def test_reply_carries_the_adapter_and_its_metrics_and_nothing_else():

@@ -27,7 +27,9 @@ def test_experts_and_gate_are_averaged_and_gate_mass_summed(ask):
 @pytest.mark.parametrize("gate_mass", [(), (2.0,), (1.0, 0.5, 0.5), (2.1, -0.1), (float("nan"), 1.0)])
 def test_reply_without_a_mass_for_each_expert_is_refused(ask, gate_mass):
     asked = ask(MoPs, START, num_clients=2)
-    arrays, totals = asked.strategy.aggregate_train(1, [asked.reply(0, result(gate_mass)), asked.reply(1, result((1.0, 1.0)))])
+    _, totals = asked.strategy.aggregate_train(
+        1, [asked.reply(0, result(gate_mass)), asked.reply(1, result((1.0, 1.0)))]
+    )
     assert totals["gate-mass"] == [1.0, 1.0]
     (failure,) = asked.reports[0].failures
     assert failure.startswith("Client 0: refused: ")
@@ -41,4 +43,4 @@ def test_mops_refuses_what_fedprompt_refuses(ask):
 
 def test_every_method_has_its_strategy():
     assert set(STRATEGIES) == set(METHODS)
-    assert STRATEGIES == {"mops": MoPs, "fedprompt": FedPrompt}
+    assert {"mops": MoPs, "fedprompt": FedPrompt} == STRATEGIES
