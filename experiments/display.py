@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: one line a round, and a bar with the time left on a terminal."""
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Self
@@ -77,10 +78,17 @@ class Display:
         self.say(f"  test perplexity after round {server_round}: {perplexity['all']:.3f}")
 
     def _failure(self, failure: str) -> None:
-        # The client's number differs every time; the cause behind it is what should be shown only once.
+        # Client and process differ from one failure to the next; the last line says what went wrong.
         who, _, cause = failure.partition(": ")
-        if cause in self._shown:
+        last_line = cause.strip().splitlines()[-1]
+        if last_line in self._shown:
             self.say(f"{who}: as above")
         else:
-            self._shown.add(cause)
-            self.say(f"{who}: {cause}")
+            self._shown.add(last_line)
+            self.say(f"{who}: {own_traceback(cause)}")
+
+
+def own_traceback(reason: str) -> str:
+    """The client's own traceback, without what Ray and Flower put around it when they pass it on."""
+    plain = re.sub(r"\x1b\[\d+m", "", reason)
+    return plain.partition("\n\nThe above exception was the direct cause")[0].strip()

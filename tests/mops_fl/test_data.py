@@ -1,6 +1,7 @@
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -180,7 +181,7 @@ def test_small_sets_large_task_gives_the_server_no_more_than_its_shrunk_share(da
     assert max(counts(draw_parts(rows, TASKS, data_config(num_rows=300, server_rows=60))[2]).values()) == 10
 
 
-@pytest.mark.parametrize("size", [0, 1, 4])
+@pytest.mark.parametrize("size", [0, 1, 4, 8])
 def test_task_with_too_few_rows_is_refused_by_name(size, data_config):
     rows = [*rows_of(a=300, c=300), *[Row(1000 + i, "q", "", "r", "b") for i in range(size)]]
     with pytest.raises(InputError, match=f"Task 'b' has {size} rows, too few"):
@@ -202,7 +203,9 @@ def test_loaded_without_a_file_of_ones_own_the_sample_says_so(data_config):
 
 @pytest.fixture
 def task_data():
-    return TaskData(TASKS, (), tuple(rows_of(a=6, b=4, c=2)), (), "", is_sample=False)
+    rows = [*rows_of(a=6), *rows_of(b=4), *rows_of(c=2)]
+    test = tuple(replace(row, row_id=row_id) for row_id, row in enumerate(rows))
+    return TaskData(TASKS, (), test, (), "", is_sample=False)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from mops_fl.encoding import RowEncoder
 
 TASKS = ("brainstorming", "open_qa")
 ROW = Row(7, instruction="Name two.", context="red, blue", response="red", task="open_qa")
-# 17 bytes before the instruction, 17 that open the response; the context's own heading has 13.
+# 17 bytes before the instruction, 16 that open the response; the heading of the context has 13.
 OPENING, CONTEXT, RESPONSE = "### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n"
 FRAME = len(OPENING) + len(RESPONSE)
 EOS = "<|end|>"

@@ -105,7 +105,14 @@ def test_bare_model_has_hugging_faces_loss(model, rows, tiny_model):
     assert evaluation.num_tokens == (27, 32, 0)
 
 
-def test_evaluation_keeps_no_graph_and_changes_nothing(model, adapter, rows):
+def test_evaluation_builds_no_graph(model, adapter, rows, monkeypatch):
+    seen, losses = [], model.losses
+    monkeypatch.setattr(model, "losses", lambda *args: seen.append(losses(*args)) or seen[-1])
+    evaluate(model, adapter, rows, TASKS)
+    assert [result.loss_sum.requires_grad for result in seen] == [False]
+
+
+def test_evaluation_changes_nothing(model, adapter, rows):
     before = adapter.states()[0]
     first, second = (evaluate(model, adapter, rows, TASKS) for _ in range(2))
     assert first == second
