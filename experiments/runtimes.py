@@ -49,7 +49,9 @@ def run_on_ray(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signal
             server_app_context=_server_context(run.run_id, run_config),
             backend_name="ray",
             # An actor that dies is started again; without this it would fail every later message at once.
-            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0, "max_restarts": 100}},
+            backend_config={
+                "client_resources": {"num_cpus": 1, "num_gpus": 0, "max_restarts": 100, "max_task_retries": 1}
+            },
             app_dir=str(app.path),
             run=run,
             is_app=True,

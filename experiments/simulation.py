@@ -23,6 +23,9 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default runs the trainer at the lowest priority
 
+# A client actor's own exit at the end of a run, which Ray takes for a failure because failed calls are retried.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "ClientAppActor.terminate")
+
 from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
 from experiments.federated_run import default_output_dir

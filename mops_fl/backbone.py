@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -47,14 +48,13 @@ class Backbone:
                 "use a decoder-only model of the Llama, Mistral or Qwen family."
             )
         self.model: Any = model.requires_grad_(False).eval()
-        config: Any = model.config
-        config._attn_implementation = PACKED_ATTENTION
         self.tokenizer = tokenizer
         self._decoder = decoder
         self.num_layers: int = len(decoder.layers)
         self.hidden_size: int = decoder.embed_tokens.weight.shape[1]
         self.dtype: torch.dtype = decoder.embed_tokens.weight.dtype
         self.device: torch.device = decoder.embed_tokens.weight.device
+        self._take_over_attention()
 
     @classmethod
     def load(cls, config: BackboneConfig) -> "Backbone":
@@ -73,7 +73,7 @@ class Backbone:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, device_map=device, quantization_config=quantization, local_files_only=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"The model in {folder} cannot be loaded ({error}); fetch or copy it again.") from error
         return cls(model, tokenizer)
 
@@ -126,6 +126,28 @@ class Backbone:
                 value_scale=value_scale,
             )
         return hidden[0]
+
+    @torch.no_grad()
+    def _take_over_attention(self) -> None:
+        """Switch to packed attention, and check that the explicit loop still computes what the model does.
+
+        Families that scale embeddings or logits, or want masks of their own, would else be silently wrong.
+        """
+        token_ids = torch.arange(8, device=self.device)
+        expected = self.model(token_ids[None]).logits[0].float()
+        self.model.config._attn_implementation = PACKED_ATTENTION
+        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
+        try:
+            hidden = self.run_layers(self.embed(token_ids), [len(token_ids)], 0, self.num_layers)
+            found = self.model.lm_head(self._decoder.norm(hidden)).float()
+            agrees = bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+        except (TypeError, AttributeError, RuntimeError):
+            agrees = False
+        if not agrees:
+            raise InputError(
+                f"{type(self.model).__name__} is not just embedding, layers, norm and head; "
+                "use a model of the Llama, Mistral or Qwen family."
+            )
 
     def token_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood, in nats and float32, of the token that follows each position.

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def read_dolly(path: Path) -> Iterator[Row]:
                 if row is not None and (row.instruction, row.context, row.response) not in seen:
                     seen.add((row.instruction, row.context, row.response))
                     yield row
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({error}); fetch or copy it again.") from error
 
 
@@ -110,7 +111,7 @@ def draw_parts(
 ) -> tuple[tuple[Row, ...], tuple[Row, ...], tuple[Row, ...]]:
     """Draw train, test and server rows, stratified by task, by `data_seed`.
 
-    A set too small for `num_rows + server_rows` is used whole, both shares shrunk alike.
+    In a set too small for `num_rows + server_rows` both shares shrink alike.
 
     Raises:
         InputError: a task has too few rows to be trained on and tested.

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mops_fl.config import DataConfig
 from mops_fl.data import Row
+from mops_fl.errors import InputError
 
 INSTRUCTION = "### Instruction:\n"
 CONTEXT = "\n\n### Input:\n"
@@ -43,10 +44,20 @@ class RowEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, tasks: tuple[str, ...]) -> None:
+        """Take the tokenizer.
+
+        Raises:
+            InputError: `max_length` leaves no room for a response.
+        """
         self._tokenizer = tokenizer
         self._config = config
         self._tasks = tasks
         self._opening = tokenizer("").input_ids  # a begin-of-text token for tokenizers that have one
+        template = len(self._opening) + len(self._tokens(INSTRUCTION)) + len(self._tokens(RESPONSE))
+        if config.max_length < template + 2:
+            raise InputError(
+                f"`max-length` is {config.max_length}, too short for the template; set at least {template + 2}."
+            )
 
     def encode(self, row: Row) -> EncodedRow:
         """The row's tokens."""
