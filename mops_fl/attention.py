@@ -1,9 +1,9 @@
 """Attention over rows packed into one sequence, with the gate on the prompts' values.
 
 Rows of different lengths stand one behind the other in a single sequence `(1, H, T, d)`, so that no position is
-padding; each row attends, causally, to itself only. The gate of MoPs multiplies the attention weights onto prompt
-`j` by its score `g_j` after the softmax (paper, Section 3.2). Since `sum_j a_ij g_j v_j`, scaling the value vectors
-is the same thing, and any attention kernel can be used below.
+padding; each row attends, causally, to itself only, or, a single row, to a prefix and itself. The gate of MoPs
+multiplies the attention weights onto prompt `j` by its score `g_j` after the softmax (paper, Section 3.2). Since
+`sum_j a_ij g_j v_j`, scaling the value vectors is the same thing, and any attention kernel can be used below.
 """
 
 import functools
@@ -34,8 +34,9 @@ def packed_attention(
     Args:
         module: the attention module of the decoder layer (not used).
         query: `(1, H, T, d)`.
-        key: `(1, G, T, d)` with `H` a multiple of `G` (grouped queries).
-        value: `(1, G, T, d)`.
+        key: `(1, G, T, d)` with `H` a multiple of `G` (grouped queries); for a single row behind a prefix of `S`
+            positions `(1, G, S + T, d)`.
+        value: as `key`.
         attention_mask: always None, the rows are causal.
         lengths: length of each row; they sum to `T`.
         scaling: factor on the scores before the softmax.
@@ -48,7 +49,8 @@ def packed_attention(
     if value_scale is not None:
         value = value * value_scale.to(value.dtype)[:, None]
     attend = _fused_attention if query.is_cuda else _matmul_attention
-    rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    key_lengths = lengths if len(lengths) > 1 else [key.shape[2]]
+    rows = zip(query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2), strict=True)
     attended = [attend(q, k, v, scaling, sliding_window) for q, k, v in rows]
     return torch.cat(attended, 2).transpose(1, 2), None
 
@@ -56,29 +58,30 @@ def packed_attention(
 def _matmul_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
     """Attention as plain matrix products: on CPUs several times faster than the library's fused kernel."""
     _, num_heads, length, size = q.shape
-    num_groups = k.shape[1]
+    num_groups, num_keys = k.shape[1:3]
     q = q.reshape(num_groups, -1, size) * scaling
-    scores = (q @ k[0].transpose(1, 2)).view(num_groups, -1, length, length)
-    weights = (scores + _causal_bias(length, window, q.dtype, q.device)).softmax(-1)
-    return (weights.view(num_groups, -1, length) @ v[0]).view(1, num_heads, length, size)
+    scores = (q @ k[0].transpose(1, 2)).view(num_groups, -1, length, num_keys)
+    weights = (scores + _causal_bias(length, num_keys, window, q.dtype, q.device)).softmax(-1)
+    return (weights.view(num_groups, -1, num_keys) @ v[0]).view(1, num_heads, length, size)
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
-    length = q.shape[2]
-    if window is None or length <= window:
+    length, num_keys = q.shape[2], k.shape[2]
+    if length == num_keys and (window is None or length <= window):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-    bias = _causal_bias(length, window, q.dtype, q.device)
+    bias = _causal_bias(length, num_keys, window, q.dtype, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling, enable_gqa=grouped)
 
 
 @functools.lru_cache(maxsize=512)
-def _causal_bias(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`(length, length)`: zero where a query may look, minus infinity elsewhere."""
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+def _causal_bias(length: int, num_keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`(length, num_keys)`: zero where a query may look, minus infinity elsewhere; the last query sees every key."""
+    last_key = num_keys - length  # of the first query
+    visible = torch.ones(length, num_keys, dtype=torch.bool, device=device).tril(last_key)
     if window is not None:
-        visible = visible.triu(1 - window)
-    return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(~visible, float("-inf"))
+        visible = visible.triu(last_key + 1 - window)
+    return torch.zeros(length, num_keys, dtype=dtype, device=device).masked_fill(~visible, float("-inf"))
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)

@@ -21,6 +21,28 @@ from mops_fl.sources import resolve_backbone
 logger = logging.getLogger(__name__)
 
 
+class SharedPrefix:
+    """Keys and values of positions that stand before every row, computed once.
+
+    Decoder layers take it as transformers' `past_key_values`: the first pass fills it, later ones only read.
+
+    Attributes:
+        length: its positions, 0 until it is filled.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
+        """Keys and values `(1, G, S + T, d)` of the prefix and a row; the first call of a layer sets its prefix."""
+        if layer_idx not in self._layers:
+            self._layers[layer_idx] = (key, value)
+            return key, value
+        prefix_key, prefix_value = self._layers[layer_idx]
+        return torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)
+
+
 class Backbone:
     """A frozen decoder-only model whose layers are run by an explicit loop.
 
@@ -97,6 +119,7 @@ class Backbone:
         *,
         value_scale: Tensor | None = None,
         hidden_scale: Tensor | None = None,
+        prefix: SharedPrefix | None = None,
     ) -> Tensor:
         """Run layers `start .. stop - 1` on packed rows.
 
@@ -106,17 +129,19 @@ class Backbone:
             start: first layer.
             stop: one behind the last layer.
             value_scale: `(T,)` factor on attention onto each position (gating `attention`).
-            hidden_scale: `(T, 1)` factor on the hidden states before every layer (gating `embedding`).
+            hidden_scale: `(T,)` factor on the hidden states before every layer (gating `embedding`).
+            prefix: positions before the row, for a single row; an empty one is filled with this row.
 
         Returns:
             `(T, D)` output of layer `stop - 1`.
         """
         hidden = hidden[None]
-        position_ids = torch.cat([torch.arange(length) for length in lengths])[None].to(hidden.device)
+        first = prefix.length if prefix else 0
+        position_ids = torch.cat([torch.arange(first, first + length) for length in lengths])[None].to(hidden.device)
         position_embeddings = self._decoder.rotary_emb(hidden, position_ids)
         for layer in self._decoder.layers[start:stop]:
             if hidden_scale is not None:
-                hidden = hidden * hidden_scale.to(hidden.dtype)
+                hidden = hidden * hidden_scale.to(hidden.dtype)[:, None]
             hidden = layer(
                 hidden,
                 attention_mask=None,
@@ -124,7 +149,10 @@ class Backbone:
                 position_embeddings=position_embeddings,
                 lengths=lengths,
                 value_scale=value_scale,
+                past_key_values=prefix,
             )
+        if prefix is not None and not prefix.length:
+            prefix.length = lengths[0]
         return hidden[0]
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mops_fl.adapter import Adapter
-from mops_fl.backbone import Backbone
+from mops_fl.backbone import Backbone, SharedPrefix
 from mops_fl.config import AdapterConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
@@ -61,6 +61,7 @@ class PromptedModel:
     Attributes:
         backbone: the frozen model.
         input_prompts: `(K', D)` float32 P1, frozen; `K'` may differ from `K`, even be 0.
+        transformed_prompts: `(K', D)` P1 as it arrives at layer `m`, in the backbone's dtype.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class PromptedModel:
         self.input_prompts = input_prompts
         self._config = config
         self._cache = cache
+        self._prefix: SharedPrefix | None = None
+        self.transformed_prompts = self._run_input_prompts()
 
     @torch.no_grad()
     def row_states(self, rows: Sequence[EncodedRow]) -> list[RowStates]:
@@ -99,9 +102,16 @@ class PromptedModel:
         states = self.row_states(rows)
         scores = adapter.scores(torch.stack([row.pooled for row in states]))
         hidden, lengths = self._packed(adapter.prompts_of_rows(len(rows)), [row.tokens for row in states])
-        scales = {} if scores is None else self._position_scales(scores, lengths)
-        config = self._config
-        hidden = self.backbone.run_layers(hidden, lengths, config.inject_layer, self.backbone.num_layers, **scales)
+        scale = None if scores is None else self._position_scale(scores, lengths)
+        by_attention = self._config.gating == "attention"
+        hidden = self.backbone.run_layers(
+            hidden,
+            lengths,
+            self._config.inject_layer,
+            self.backbone.num_layers,
+            value_scale=scale if by_attention else None,
+            hidden_scale=None if by_attention else scale,
+        )
         return RowLosses(*packed_losses(self.backbone, hidden, lengths, rows), scores)
 
     def plain_losses(self, prompts: Tensor, rows: Sequence[EncodedRow]) -> RowLosses:
@@ -122,23 +132,30 @@ class PromptedModel:
         parts = [part for pair in zip(prompts, tokens, strict=True) for part in pair]
         return torch.cat(parts), [prompts.shape[1] + len(row) for row in tokens]
 
-    def _position_scales(self, scores: Tensor, lengths: list[int]) -> dict[str, Tensor]:
-        """The gate's score at each prompt, one at each token, as the chosen gating wants it."""
+    def _position_scale(self, scores: Tensor, lengths: list[int]) -> Tensor:
+        """`(T,)`: the gate's score at each prompt, one at each token."""
         num_prompts = self._config.num_prompts
         per_prompt = scores.repeat_interleave(self._config.prompts_per_expert, dim=1)  # (R, K)
         ones = scores.new_ones(max(lengths))
-        scale = torch.cat(
-            [torch.cat([row, ones[: n - num_prompts]]) for row, n in zip(per_prompt, lengths, strict=True)]
-        )
-        return {"value_scale": scale} if self._config.gating == "attention" else {"hidden_scale": scale[:, None]}
+        rows = zip(per_prompt, lengths, strict=True)
+        return torch.cat([part for row, length in rows for part in (row, ones[: length - num_prompts])])
+
+    @torch.no_grad()
+    def _run_input_prompts(self) -> Tensor:
+        """P1 at layer `m`; its keys and values are kept, since causal rows behind it never change them."""
+        hidden = self.input_prompts.to(self.backbone.device, self.backbone.dtype)
+        if not len(hidden):
+            return hidden
+        self._prefix = SharedPrefix()
+        return self.backbone.run_layers(hidden, [len(hidden)], 0, self._config.inject_layer, prefix=self._prefix)
 
     def _compute_states(self, row: EncodedRow) -> RowStates:
-        hidden, lengths = self._packed(self.input_prompts[None], self._embed([row]))
-        hidden = self.backbone.run_layers(hidden, lengths, 0, self._config.inject_layer)
-        num_input_prompts = len(self.input_prompts)
-        question = slice(num_input_prompts, num_input_prompts + row.prompt_length)
-        pooled = hidden if self._config.pooling == "all" else hidden[question]
-        states = RowStates(hidden[num_input_prompts:].clone(), pooled.float().mean(0))
+        (tokens,) = self._embed([row])
+        tokens = self.backbone.run_layers(tokens, [len(tokens)], 0, self._config.inject_layer, prefix=self._prefix)
+        pooled = tokens[: row.prompt_length]
+        if self._config.pooling == "all":
+            pooled = torch.cat([self.transformed_prompts, tokens])
+        states = RowStates(tokens, pooled.float().mean(0))
         self._cache.put(row.row_id, states, states.num_bytes)
         return states
 

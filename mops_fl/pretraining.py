@@ -56,7 +56,8 @@ def pretrain(
     no_cache: StateCache[RowStates] = StateCache(0)
     model = PromptedModel(backbone, adapter_config, prompts, no_cache)
     if rows:
-        model.input_prompts = train_input_prompts(model, rows, config, generator)
+        prompts = train_input_prompts(model, rows, config, generator)
+        model = PromptedModel(backbone, adapter_config, prompts, no_cache)
     state = initial_state(adapter_config, initial_prompts(model, adapter_config, generator), generator)
     accuracy = None
     if rows and config.gate_epochs and "gate.w1" in state:
@@ -88,9 +89,7 @@ def initial_prompts(model: PromptedModel, config: AdapterConfig, generator: torc
     if config.prompt_init == "vocabulary":
         return sample_token_embeddings(backbone, config.num_prompts, generator)
     if config.prompt_init == "transformed":
-        hidden = model.input_prompts.to(backbone.device, backbone.dtype)
-        with torch.no_grad():
-            return backbone.run_layers(hidden, [len(hidden)], 0, config.inject_layer).float().cpu()
+        return model.transformed_prompts.float().cpu()
     spread = backbone.embedding_weight.float().std().item()
     return torch.randn(config.num_prompts, backbone.hidden_size, generator=generator) * spread
 
