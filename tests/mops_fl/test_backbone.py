@@ -106,6 +106,13 @@ def test_model_that_is_no_llama_like_decoder_is_refused(byte_tokenizer):
         Backbone(AutoModelForCausalLM.from_config(config), byte_tokenizer)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere"])
+def test_family_that_does_more_than_the_explicit_loop_is_refused(family, tiny_model, byte_tokenizer):
+    extra = {"logits_scaling": 3.0} if family == "granite" else {}
+    with pytest.raises(InputError, match="not just embedding, layers, norm and head"):
+        Backbone(tiny_model(family, **extra), byte_tokenizer)
+
+
 def test_model_is_loaded_from_its_folder(tiny_model_folder, tiny_backbone):
     loaded = Backbone.load(config_of(tiny_model_folder))
     assert loaded.dtype == torch.float32
@@ -146,9 +153,20 @@ def remove_config(folder):
     (folder / "config.json").unlink()
 
 
+def cut_weights_short(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
 DAMAGES = [
-    remove_weights, remove_config, break_config, name_an_unknown_family, remove_tokenizer, break_tokenizer,
-]  # fmt: skip
+    remove_weights,
+    cut_weights_short,
+    remove_config,
+    break_config,
+    name_an_unknown_family,
+    remove_tokenizer,
+    break_tokenizer,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)

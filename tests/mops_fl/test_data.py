@@ -228,3 +228,12 @@ def test_evaluation_rows_are_spread_evenly_over_the_tasks(count, expected, task_
 
 def test_fewer_evaluation_rows_are_among_the_more(task_data):
     assert set(task_data.evaluation_rows(4)) < set(task_data.evaluation_rows(7))
+
+
+def test_gz_with_a_flipped_byte_is_refused_by_name(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl.gz", *[{**GOOD, "response": str(i)} for i in range(500)])
+    whole = path.read_bytes()
+    for position in range(20, len(whole), len(whole) // 30):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        with pytest.raises(InputError, match=r"rows\.jsonl\.gz"):
+            list(read_dolly(path))

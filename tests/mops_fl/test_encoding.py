@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mops_fl.data import Row
 from mops_fl.encoding import RowEncoder
+from mops_fl.errors import InputError
 
 TASKS = ("brainstorming", "open_qa")
 ROW = Row(7, instruction="Name two.", context="red, blue", response="red", task="open_qa")
@@ -135,3 +136,8 @@ def test_tokenizer_that_adds_a_begin_of_text_gets_one_and_it_counts(byte_tokeniz
     cut = RowEncoder(tokenizer, data_config(max_length=FRAME + 10), TASKS).encode(ROW)
     assert cut.token_ids[0] == bos
     assert len(cut.token_ids) == FRAME + 10
+
+
+def test_limit_that_leaves_no_room_for_a_response_is_refused(encode):
+    with pytest.raises(InputError, match=f"set at least {FRAME + 2}"):
+        encode(ROW, max_length=FRAME + 1)

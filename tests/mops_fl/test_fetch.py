@@ -60,13 +60,10 @@ def hub(monkeypatch):
         assert timeout <= 10
         state.calls.append(("info", name, revision))
         siblings = [
-            SimpleNamespace(rfilename=file, lfs=SimpleNamespace(sha256=sha))
-            for file, sha in state.hashes.items()
+            SimpleNamespace(rfilename=file, lfs=SimpleNamespace(sha256=sha)) for file, sha in state.hashes.items()
         ]
         siblings.append(SimpleNamespace(rfilename="config.json", lfs=None))
-        return SimpleNamespace(
-            sha=revision or REVISION, siblings=siblings, card_data=SimpleNamespace(license="mit")
-        )
+        return SimpleNamespace(sha=revision or REVISION, siblings=siblings, card_data=SimpleNamespace(license="mit"))
 
     def snapshot_download(name, *, revision, local_dir, **_kwargs):
         state.calls.append(("download", name, revision))
@@ -80,9 +77,7 @@ def hub(monkeypatch):
 
 
 def _save_tiny_llama(folder):
-    config = LlamaConfig(
-        vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    )
+    config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -123,9 +118,7 @@ def test_a_cached_folder_without_receipt_is_refused(cache):
 
 
 def test_resolving_imports_neither_torch_nor_a_hub_client():
-    code = (
-        "import sys, mops_fl.sources; print({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
-    )
+    code = "import sys, mops_fl.sources; print({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -301,9 +294,7 @@ def test_the_real_wheel_becomes_the_real_model(tmp_path):
     # Digits stand alone, so the blank line before one stays the one token that it is elsewhere.
     assert tokenizer.tokenize("a\n\n12") == ["a", "ĊĊ", "1", "2"]
     question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
-    prompt = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     generated = model.generate(**prompt, max_new_tokens=16, do_sample=False)
     answer = tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :])
     assert answer == "The capital of France is Paris.<|im_end|>"

@@ -53,10 +53,7 @@ def test_seed_changes_who_gets_how_many_of_which_task(name):
     labels = labels_of(300)
     config = replace(CONFIG, partitioner=name)
     counts = [
-        [
-            Counter(labels[row] for row in rows)
-            for rows in partition_rows(labels, config=replace(config, seed=seed))
-        ]
+        [Counter(labels[row] for row in rows) for rows in partition_rows(labels, config=replace(config, seed=seed))]
         for seed in (0, 1)
     ]
     assert counts[0] != counts[1]
@@ -104,17 +101,13 @@ def test_natural_id_makes_each_task_one_client_in_sorted_order():
 
 
 def test_natural_id_needs_as_many_clients_as_tasks():
-    with pytest.raises(
-        ValueError, match="each of the 2 tasks one client, but num-clients is 7; set num-clients to 2"
-    ):
+    with pytest.raises(ValueError, match="each of the 2 tasks one client, but num-clients is 7; set num-clients to 2"):
         partition_rows(["a", "b", "a"], config=replace(CONFIG, partitioner="natural-id"))
 
 
 @pytest.mark.parametrize("name", ["iid", "dirichlet", "shard"])
 def test_too_few_rows_are_refused_where_every_client_needs_one(name):
-    with pytest.raises(
-        ValueError, match=f"{name} needs a row per client, but there are 7 clients and 6 rows"
-    ):
+    with pytest.raises(ValueError, match=f"{name} needs a row per client, but there are 7 clients and 6 rows"):
         partition_rows(labels_of(6), config=replace(CONFIG, partitioner=name))
 
 

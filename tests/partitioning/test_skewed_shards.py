@@ -52,9 +52,7 @@ def test_every_partition_gets_one_shard_of_every_label():
 
 
 def test_large_shard_goes_to_another_partition_for_every_label():
-    labels = [
-        f"task{i % 50}" for i in range(50 * 24)
-    ]  # 24 rows a label over 10 partitions: 15 and nine times 1
+    labels = [f"task{i % 50}" for i in range(50 * 24)]  # 24 rows a label over 10 partitions: 15 and nine times 1
     partitions = split(labels, 10, 15)
     owners = [int(np.argmax(shard_sizes(labels, partitions, f"task{task}"))) for task in range(50)]
     assert set(owners) == set(range(10))
