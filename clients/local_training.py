@@ -9,6 +9,7 @@ over clients of the client's mean, which gives each one exactly the gradient it 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def train_cohort(
     """
     started = time.monotonic()
     adapter = Adapter([state] * len(clients)).to(model.backbone.device)
-    optimizer = torch.optim.Adam(adapter.parameters(), lr=config.lr)
+    optimizer = torch.optim.Adam(parameter_groups(adapter, config))
     orders = [draw_rows(client, config.batch_size) for client in clients]
     tallies = []
     for _ in range(config.local_steps):
@@ -72,6 +73,14 @@ def train_cohort(
         )
         for trained, client, (loss_sum, num_tokens, *gate_mass) in zip(adapter.states(), clients, totals, strict=True)
     ]
+
+
+def parameter_groups(adapter: Adapter, config: TrainConfig) -> list[dict[str, Any]]:
+    """What Adam trains at which rate: the prompts, and the gate if there is one."""
+    groups: list[dict[str, Any]] = [{"params": [adapter.prompts], "lr": config.lr}]
+    if adapter.gate is not None:
+        groups.append({"params": list(adapter.gate.parameters()), "lr": config.lr * config.gate_lr_factor})
+    return groups
 
 
 def client_losses(losses: RowLosses, num_clients: int) -> torch.Tensor:

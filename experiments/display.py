@@ -31,8 +31,8 @@ class Display:
         )
         self._task = self._bar.add_task("", total=num_rounds, completed=rounds_done, status="starting")
         self._shown: set[str] = set()
-        self._began = time.monotonic()
-        self._first_round = rounds_done
+        self._rounds_began = time.monotonic()
+        self._rounds_done = rounds_done
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -58,14 +58,17 @@ class Display:
             f"model: {setting.num_layers} layers, hidden {setting.hidden_size}, {setting.dtype} on {setting.device}"
         )
 
+    def begin_rounds(self) -> None:
+        """Preparations are over; the time left is reckoned from here."""
+        self._rounds_began = time.monotonic()
+
     def round(self, report: RoundReport, client_steps: int, seconds: float) -> None:
         """A round's training."""
         totals = report.totals
         loss = totals["loss-sum"] / totals["num-tokens"]
         rate = totals["num-tokens"] / seconds
-        elapsed = time.monotonic() - self._began
-        done = report.server_round - self._first_round
-        left = elapsed / done * (self._num_rounds - report.server_round)
+        seconds_per_round = (time.monotonic() - self._rounds_began) / (report.server_round - self._rounds_done)
+        left = seconds_per_round * (self._num_rounds - report.server_round)
         failed = f", {len(report.failures)} clients failed" if report.failures else ""
         status = f"loss {loss:.3f}, {client_steps} client steps, {rate:.0f} tokens/s{failed}"
         self._bar.update(self._task, completed=report.server_round, status=status)

@@ -76,6 +76,7 @@ class FederatedRun:
                 on_round=self._after_training,
             )
             self._round_began = time.monotonic()
+            self._display.begin_rounds()
             strategy.start(
                 grid=grid,
                 initial_arrays=to_record(checkpoint.adapter),

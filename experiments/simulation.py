@@ -78,24 +78,28 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scala
         InputError: something is wrong with it.
     """
     if args.resume:
-        run_config = _resumed_config(args.resume, app.run_config(()), args.run_config)
+        overrides = [*args.run_config, *filter(None, (args.data, args.num_supernodes))]
+        run_config = _resumed_config(args.resume, app.run_config(()), overrides)
     else:
         run_config = app.run_config(args.run_config)
         run_config["output-dir"] = str(Path(str(run_config["output-dir"] or default_output_dir(run_config))).absolute())
+    if args.data:
+        run_config["data-path"] = str(args.data)
     if args.num_supernodes is not None:
         run_config["num-clients"] = args.num_supernodes
     config = ExperimentConfig.from_run_config(run_config).client
-    if config.data.data_path:
-        run_config["data-path"] = str(resolve_dolly(config.data.data_path).path.absolute())
+    source = resolve_dolly(config.data.data_path)
+    if source.hub_id is None and not source.is_sample:  # named by data-path or by MOPS_DOLLY: recorded either way
+        run_config["data-path"] = str(source.path.absolute())
     if Path(config.backbone.backbone).is_dir():
         run_config["backbone"] = str(Path(config.backbone.backbone).absolute())
     resolve_backbone(config.backbone.backbone)
     return run_config
 
 
-def _resumed_config(folder: Path, app_config: dict[str, Scalar], overrides: Sequence[str]) -> dict[str, Scalar]:
+def _resumed_config(folder: Path, app_config: dict[str, Scalar], overrides: Sequence[object]) -> dict[str, Scalar]:
     if overrides:
-        raise InputError("--resume goes on with the run's own configuration; leave --run-config away.")
+        raise InputError("--resume goes on with the run's own configuration; leave all other options away.")
     run_config = {**app_config, **RunFolder.open(folder).config}
     return {**run_config, "output-dir": str(folder.absolute()), "resume": True}
 
@@ -126,6 +130,7 @@ def _raise_on_signals() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("flower-simulation", description="Simulate a federation on this machine.")
     parser.add_argument("--app", required=True, metavar="NAME", help="experiments.dolly, .dolly.fedprompt, or a folder")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="rows in Dolly's columns, .jsonl or .jsonl.gz")
     parser.add_argument("--num-supernodes", type=int, metavar="N", help="virtual clients (default: num-clients)")
     parser.add_argument(
         "-c",

@@ -139,17 +139,21 @@ class TrainConfig:
     """Local training of one client.
 
     Attributes:
-        lr: Adam learning rate.
+        lr: Adam learning rate of the prompts.
+        gate_lr_factor: the gate's learning rate is this times `lr` (paper: 1); 0 keeps the pretrained gate.
         batch_size: rows per client and step (paper: 1).
         local_steps: steps per client and round (paper: 250).
     """
 
     lr: float
+    gate_lr_factor: float
     batch_size: int
     local_steps: int
 
     def __post_init__(self) -> None:
         require_positive("lr", self.lr)
+        if not 0 <= self.gate_lr_factor < float("inf"):
+            raise InputError(f"`gate-lr-factor` is {self.gate_lr_factor}; it must be a number of at least 0.")
         require_at_least("batch-size", self.batch_size, 1)
         require_at_least("local-steps", self.local_steps, 1)
 

@@ -142,7 +142,7 @@ def test_resume_of_no_run_returns_2(command, tmp_path):
 
 def test_resume_takes_no_run_config(command, tmp_path):
     assert command(num_server_rounds=1)[0] == 0
-    assert_refused(command("--resume", str(tmp_path / "run")), "leave --run-config away")
+    assert_refused(command("--resume", str(tmp_path / "run")), "--resume goes on with the run's own configuration")
 
 
 def test_round_in_which_every_client_fails_returns_1_and_marks_the_run_failed(command, tmp_path, monkeypatch):
