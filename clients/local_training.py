@@ -63,7 +63,7 @@ def train_cohort(
     totals = torch.stack(tallies).sum(0).tolist()
     return [
         TrainResult(
-            adapter={name: tensor.numpy() for name, tensor in trained.items()},
+            adapter={name: trained[name].numpy() for name in state},
             num_examples=len(client.rows),
             num_steps=config.local_steps,
             num_tokens=round(num_tokens),

@@ -130,7 +130,8 @@ class Trainer:
         Raises:
             InputError: the client has no rows.
         """
-        key = (request.server_round, request.cohort, _digest(request.adapter))
+        inputs = {**request.adapter, INPUT_PROMPTS: request.input_prompts}
+        key = (request.server_round, request.cohort, _digest(inputs))
         with self._lock:
             if key not in self._cohorts:
                 current = {k: f for k, f in self._cohorts.items() if k[0] == request.server_round}
@@ -234,6 +235,8 @@ class Trainer:
             for partition_id in request.cohort
             if (rows := self._rows_of(partition_id))
         }
+        if not clients:
+            return {}
         results = train_cohort(model, _tensors(request.adapter), list(clients.values()), self._config.train)
         return dict(zip(clients, results, strict=True))
 

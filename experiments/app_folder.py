@@ -1,6 +1,7 @@
 """Flower apps by dotted name: `experiments.dolly` is a folder, `experiments.dolly.fedprompt` an overlay in it."""
 
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class AppFolder:
         for candidate in (Path(name), *(root.joinpath(*rest) for root in roots)):
             if (candidate / "pyproject.toml").is_file():
                 return cls(candidate.resolve(), ())
-            overlay = candidate if candidate.suffix == ".toml" else candidate.with_name(f"{candidate.name}.toml")
+            overlay = candidate if candidate.suffix == ".toml" else candidate.parent / f"{candidate.name}.toml"
             if overlay.is_file() and (overlay.parent / "pyproject.toml").is_file():
                 return cls(overlay.parent.resolve(), (overlay.resolve(),))
         raise InputError(
@@ -58,14 +59,25 @@ class AppFolder:
         values: dict[str, Scalar] = {}
         try:
             for override in (*map(str, self.overlays), *overrides):
+                _check_pairs(override)
                 values |= parse_config_args([override])
             self._project()
-            return dict(get_fused_config_from_dir(self.path, values))
+            known = get_fused_config_from_dir(self.path, {})
         except (ValueError, OSError, click.ClickException) as error:
             raise InputError(f"The run-config cannot be used: {str(error).strip()}") from error
+        if unknown := sorted(set(values) - set(known)):
+            raise InputError(f"Unknown run-config key `{unknown[0]}`; known are: {', '.join(sorted(known))}.")
+        return {**known, **values}
 
     def _project(self) -> Mapping[str, dict[str, dict[str, dict[str, dict[str, str]]]]]:
         try:
             return get_project_config(self.path)
         except ValueError as error:
             raise InputError(f"{self.path / 'pyproject.toml'} is not a Flower app: {error}") from error
+
+
+def _check_pairs(text: str) -> None:
+    """Flower passes over whatever is not `key=value`; a setting with spaces around its `=` would be lost."""
+    rest = re.sub(r"\S+?=('[^']*'|\"[^\"]*\"|\S+)", "", text).strip()
+    if rest and not text.endswith(".toml"):
+        raise InputError(f"The run-config text {text!r} is not of the form key=value, without spaces around the =.")

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 
 import tomli_w
 
+from experiments.machine import git_revision, machine, versions
 from mops_fl.errors import InputError
 
 CONFIG = "config.toml"
@@ -24,7 +22,6 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PARTITION = "partition.json"
 ALL_TASKS = "all"
-PACKAGES = ("mops-fl", "flwr", "torch", "transformers", "ray", "datasets", "numpy", "peft")
 
 T = TypeVar("T")
 ConfigValue: TypeAlias = bool | int | float | str
@@ -57,25 +54,22 @@ class RunFolder:
         Raises:
             InputError: if the folder holds something already, or cannot be written.
         """
+        require_empty(path)
         manifest = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": list(sys.argv),
-            **_git_revision(),
+            **git_revision(),
             "config": dict(config),
-            "versions": _versions(),
-            "machine": _machine(),
+            "versions": versions(),
+            "machine": machine(),
         }
         try:
             path.mkdir(parents=True, exist_ok=True)
-            occupied = any(path.iterdir())
-            if not occupied:
-                (path / CONFIG).write_text(tomli_w.dumps(manifest), encoding="utf-8")
+            (path / CONFIG).write_text(tomli_w.dumps(manifest), encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"The run folder {path} cannot be written ({error.strerror}); choose another output-dir."
             ) from error
-        if occupied:
-            raise InputError(f"The run folder {path} is not empty; choose another output-dir or empty it.")
         return cls(path, manifest)
 
     @classmethod
@@ -183,6 +177,16 @@ class RunFolder:
         return content
 
 
+def require_empty(path: Path) -> None:
+    """Refuse a folder for a new run in which there is something already.
+
+    Raises:
+        InputError: `path` is a file, or a folder that is not empty.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"The run folder {path} is not empty; choose another output-dir or empty it.")
+
+
 def series(
     metrics: Sequence[Mapping[str, Any]], metric: str, task: str = ALL_TASKS, split: str = "test"
 ) -> list[Point]:
@@ -268,46 +272,3 @@ def _only_finite(content: object) -> object:
     if isinstance(content, list | tuple):
         return [_only_finite(value) for value in content]
     return content
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _machine() -> dict[str, str | int]:
-    return {
-        "platform": platform.platform(),
-        "processor": _processor_name(),
-        "cpus": os.cpu_count() or 1,
-        "memory-bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
-
-
-def _processor_name() -> str:
-    """The processor's model; Linux tells it only in /proc."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def _git_revision() -> dict[str, str]:
-    """The commit of this source tree, "-dirty" if changed since; empty where git does not track it."""
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
-    try:
-        # An installed package may lie inside somebody else's repository, whose revision would say nothing.
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            check=True, capture_output=True, text=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return {"git-revision": described.stdout.strip()}

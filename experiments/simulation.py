@@ -29,7 +29,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "ClientAppActor.terminate")
 from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
 from experiments.federated_run import default_output_dir
-from experiments.run_folder import RunFolder
+from experiments.run_folder import RunFolder, require_empty
 from experiments.runtimes import run_inline, run_on_ray
 from mops_fl.config import Scalar
 from mops_fl.errors import InputError
@@ -94,6 +94,8 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scala
     if Path(config.backbone.backbone).is_dir():
         run_config["backbone"] = str(Path(config.backbone.backbone).absolute())
     resolve_backbone(config.backbone.backbone)
+    if not args.resume:
+        require_empty(Path(str(run_config["output-dir"])))
     return run_config
 
 

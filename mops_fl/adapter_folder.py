@@ -43,6 +43,8 @@ def load_adapter(folder: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str
         arrays = load_file(folder / _TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} holds no readable adapter ({error}); train or copy it again.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / _CONFIG} holds no JSON object; train or copy the adapter again.")
     if config.get("format-version") != FORMAT_VERSION:
         raise InputError(
             f"{folder} has format version {config.get('format-version')}, this software reads {FORMAT_VERSION}; "

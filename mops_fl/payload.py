@@ -132,33 +132,46 @@ def check_result(content: RecordDict, expected: ArrayRecord) -> None:
     """Refuse a reply that must not be averaged in.
 
     Args:
-        content: a reply's content.
+        content: a reply's content; anything may be in it.
         expected: the arrays that were sent.
 
     Raises:
         InputError: records or metrics are missing or extra, shapes or dtypes differ, a value is not finite, or a
             count is not positive.
     """
-    if set(content) != {ARRAYS, METRICS} or set(content.metric_records.get(METRICS, {})) != _METRIC_NAMES:
+    names = set(content), set(content.array_records), set(content.metric_records.get(METRICS, {}))
+    if names != ({ARRAYS, METRICS}, {ARRAYS}, _METRIC_NAMES):
         raise InputError("The reply does not hold exactly the adapter and its metrics; update the client's software.")
     arrays = content.array_records[ARRAYS]
     if list(arrays) != list(expected):
         raise InputError(f"The reply holds the arrays {list(arrays)}, not {list(expected)}.")
     for name, array in arrays.items():
-        if (array.dtype, tuple(array.shape)) != (expected[name].dtype, tuple(expected[name].shape)):
-            raise InputError(
-                f"Array {name} is {array.dtype} {tuple(array.shape)}, "
-                f"not {expected[name].dtype} {tuple(expected[name].shape)}."
-            )
-        if not np.isfinite(array.numpy()).all():
-            raise InputError(f"Array {name} holds values that are not finite; lower the client's learning rate.")
-    metrics: dict[str, Any] = dict(content.metric_records[METRICS])
+        _check_array(name, array, expected[name])
+    _check_metrics(dict(content.metric_records[METRICS]))
+
+
+def _check_array(name: str, array: Array, expected: Array) -> None:
+    try:
+        values = array.numpy()
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise InputError(f"Array {name} cannot be decoded ({error}).") from error
+    for shape, dtype in ((array.shape, array.dtype), (values.shape, values.dtype)):
+        if (tuple(shape), str(dtype)) != (tuple(expected.shape), expected.dtype):
+            raise InputError(f"Array {name} is {dtype} {tuple(shape)}, not {expected.dtype} {tuple(expected.shape)}.")
+    if not np.isfinite(values).all():
+        raise InputError(f"Array {name} holds values that are not finite; lower the client's learning rate.")
+
+
+def _check_metrics(metrics: Mapping[str, Any]) -> None:
     for name in ("num-examples", "num-steps", "num-tokens"):
-        count = metrics[name]
-        if not isinstance(count, int) or count <= 0:
-            raise InputError(f"Metric {name} is {count}, not a positive count.")
-    if not np.isfinite([metrics["loss-sum"], metrics["seconds"], *metrics["gate-mass"]]).all():
-        raise InputError("A metric of the reply is not finite.")
+        if type(metrics[name]) is not int or metrics[name] <= 0:
+            raise InputError(f"Metric {name} is {metrics[name]}, not a positive count.")
+    for name in ("loss-sum", "seconds"):
+        if not isinstance(metrics[name], int | float) or not np.isfinite(metrics[name]):
+            raise InputError(f"Metric {name} is {metrics[name]}, not a finite number.")
+    mass = metrics["gate-mass"]
+    if not isinstance(mass, list) or not np.isfinite(mass).all() or min(mass, default=0) < 0:
+        raise InputError(f"Metric gate-mass is {mass}, not a list of finite numbers of at least 0.")
 
 
 def encode_info(info: ClientInfo) -> RecordDict:

@@ -27,9 +27,7 @@ def build_manifest(
         ValueError: If the rows are not disjoint and complete, or the number of clients is not the config's.
     """
     if len(rows_per_client) != config.num_clients:
-        raise ValueError(
-            f"There are rows for {len(rows_per_client)} clients, but num-clients is {config.num_clients}."
-        )
+        raise ValueError(f"There are rows for {len(rows_per_client)} clients, but num-clients is {config.num_clients}.")
     check_partition(rows_per_client, len(labels))
     tasks = sorted(set(labels))
     return {
@@ -39,8 +37,7 @@ def build_manifest(
         "num-rows": len(labels),
         "tasks": tasks,
         "clients": [
-            _client_entry(partition_id, rows, labels, tasks)
-            for partition_id, rows in enumerate(rows_per_client)
+            _client_entry(partition_id, rows, labels, tasks) for partition_id, rows in enumerate(rows_per_client)
         ],
     }
 
@@ -68,9 +65,7 @@ def load_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         _check_manifest(manifest)
     except KeyError as error:
-        raise ValueError(
-            f"{path} is not a valid partition manifest: it has no {error}; make it again."
-        ) from error
+        raise ValueError(f"{path} is not a valid partition manifest: it has no {error}; make it again.") from error
     except (AttributeError, TypeError) as error:
         raise ValueError(
             f"{path} is not a valid partition manifest: a value has the wrong type; make it again."

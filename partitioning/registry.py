@@ -51,9 +51,7 @@ class PartitionConfig:
         if not (math.isfinite(self.skew) and self.skew >= 1):
             raise ValueError(f"skew is {self.skew}, but it must be a finite number of at least 1.")
         if not (math.isfinite(self.dirichlet_alpha) and self.dirichlet_alpha > 0):
-            raise ValueError(
-                f"dirichlet-alpha is {self.dirichlet_alpha}, but it must be a finite number above 0."
-            )
+            raise ValueError(f"dirichlet-alpha is {self.dirichlet_alpha}, but it must be a finite number above 0.")
         if self.shards_per_client < 1:
             raise ValueError(f"shards-per-client is {self.shards_per_client}, but it must be at least 1.")
 
@@ -96,9 +94,7 @@ def check_partition(rows_per_client: Sequence[Sequence[int]], num_rows: int) -> 
             owners[row] = client
     if len(owners) < num_rows:
         first = next(row for row in range(num_rows) if row not in owners)
-        raise ValueError(
-            f"{num_rows - len(owners)} of {num_rows} rows belong to no client, the first is row {first}."
-        )
+        raise ValueError(f"{num_rows - len(owners)} of {num_rows} rows belong to no client, the first is row {first}.")
 
 
 def _deal_skewed_shards(labels: Sequence[str], config: PartitionConfig) -> list[list[int]]:

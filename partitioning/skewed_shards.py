@@ -30,9 +30,7 @@ def skewed_shards(
         ValueError: If `num_partitions` or `skew` is below 1, `skew` is not finite, or `labels` is not flat.
     """
     if labels.ndim != 1:
-        raise ValueError(
-            f"labels must be one label per row, but their shape is {labels.shape}; flatten them."
-        )
+        raise ValueError(f"labels must be one label per row, but their shape is {labels.shape}; flatten them.")
     _check_shape(num_partitions, skew)
     owner_of_row = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
@@ -106,9 +104,7 @@ class SkewedShardsPartitioner(Partitioner):  # type: ignore[misc]  # flwr_datase
             ValueError: If there is no such partition, or the dataset has no column `partition_by`.
         """
         if not 0 <= partition_id < self._num_partitions:
-            raise ValueError(
-                f"There is no partition {partition_id}; choose one from 0 to {self._num_partitions - 1}."
-            )
+            raise ValueError(f"There is no partition {partition_id}; choose one from 0 to {self._num_partitions - 1}.")
         if self._rows_per_partition is None:
             rng = np.random.default_rng(self._seed)
             self._rows_per_partition = skewed_shards(self._labels(), self._num_partitions, self._skew, rng)
@@ -117,8 +113,6 @@ class SkewedShardsPartitioner(Partitioner):  # type: ignore[misc]  # flwr_datase
     def _labels(self) -> NDArray[np.generic]:
         if self._partition_by not in self.dataset.column_names:
             columns = ", ".join(self.dataset.column_names)
-            raise ValueError(
-                f"The dataset has no column '{self._partition_by}'; partition by one of: {columns}."
-            )
+            raise ValueError(f"The dataset has no column '{self._partition_by}'; partition by one of: {columns}.")
         # The slice reads the column as one list; converting the column object itself fetches row by row.
         return np.asarray(self.dataset[self._partition_by][:])

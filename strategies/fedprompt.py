@@ -126,6 +126,13 @@ class FedPrompt(FedAvg):
             InputError: says what is wrong with the reply.
         """
         check_result(content, expected)
+        mass: Any = content.metric_records[METRICS]["gate-mass"]
+        if len(mass) != self.num_experts(expected):
+            raise InputError(f"Metric gate-mass is {mass}, not {self.num_experts(expected)} numbers.")
+
+    def num_experts(self, arrays: ArrayRecord) -> int:
+        """Experts whose use a reply must report: none, without a gate."""
+        return 0
 
     def _failure(self, reply: Message | None) -> str | None:
         """Why a reply cannot be used, None if it can."""

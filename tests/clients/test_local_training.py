@@ -15,14 +15,14 @@ from mops_fl.encoding import EncodedRow
 from mops_fl.model import PromptedModel, RowLosses
 from mops_fl.payload import ClientInfo, encode_result, from_record, to_record
 from mops_fl.state_cache import StateCache
-from strategies.fedprompt import FedPrompt
+from strategies.registry import STRATEGIES
 from strategies.sampling import ClientSampler
 
 ADAPTER = AdapterConfig(
     method="mops", inject_layer=2, num_experts=3, prompts_per_expert=2, gating="attention", pooling="question",
     prompt_init="random", gate_width=8,
 )  # fmt: skip
-TRAIN = TrainConfig(lr=0.05, batch_size=1, local_steps=3)
+TRAIN = TrainConfig(lr=0.05, gate_lr_factor=1.0, batch_size=1, local_steps=3)
 
 
 def encoded_row(row_id):
@@ -90,6 +90,17 @@ def test_everything_trainable_moves_and_nothing_frozen_does(model, method):
     assert all(p.grad is None for p in model.backbone.model.parameters())
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.25, 1.0])
+def test_gate_learns_at_its_share_of_the_prompts_rate(model, factor):
+    # Adam's first step moves whatever has a gradient by its learning rate.
+    before, config = start("mops"), replace(TRAIN, gate_lr_factor=factor, local_steps=1)
+    (result,) = train_cohort(model, before, [client(0, 4)], config)
+    moved = {name: np.abs(result.adapter[name] - tensor.numpy()).max() for name, tensor in before.items()}
+    assert moved.pop("prompts") == pytest.approx(0.05, rel=1e-3)
+    for name, distance in moved.items():
+        assert distance == pytest.approx(0.05 * factor, rel=1e-2, abs=0), name
+
+
 def test_rows_come_once_a_pass_each_pass_in_a_new_order():
     member = client(3, 6)
     batches = list(itertools.islice(draw_rows(member, 4), 9))  # 36 rows: six passes
@@ -115,7 +126,8 @@ def test_order_of_rows_is_fixed_by_the_seed_alone():
 
 
 def test_metrics_are_sums_over_all_steps(model):
-    config = TrainConfig(lr=1e-12, batch_size=3, local_steps=4)  # so small that the adapter stays the same
+    # A rate so small that the adapter stays the same.
+    config = TrainConfig(lr=1e-12, gate_lr_factor=1.0, batch_size=3, local_steps=4)
     clients = [client(0, 5), client(1, 2)]
     results = train_cohort(model, start("mops"), clients, config)
     for member, result in zip(clients, results, strict=True):
@@ -145,7 +157,7 @@ def test_clients_loss_is_the_mean_over_its_rows_of_the_mean_over_tokens():
 @pytest.mark.parametrize("method", METHODS)
 def test_one_client_federated_is_the_same_client_trained_centrally(model, method, monkeypatch):
     member, state = client(0, 4), start(method)
-    config = TrainConfig(lr=0.02, batch_size=2, local_steps=5)
+    config = TrainConfig(lr=0.02, gate_lr_factor=1.0, batch_size=2, local_steps=5)
 
     # Centrally, with Adam written out (betas 0.9 and 0.999, epsilon 1e-8).
     adapter = Adapter([state])
@@ -165,7 +177,7 @@ def test_one_client_federated_is_the_same_client_trained_centrally(model, method
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
     sampler = ClientSampler({7: ClientInfo(0, 4, "shared")}, clients_per_round=1, cohort_size=1, seed=0)
-    strategy = FedPrompt(
+    strategy = STRATEGIES[method](
         sampler, weighting="uniform", frozen=to_record({}), rounds_done=0, on_round=lambda report: None
     )
     sent = to_record({name: tensor.numpy() for name, tensor in state.items()})

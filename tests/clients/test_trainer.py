@@ -185,3 +185,16 @@ def test_bad_line_of_data_is_an_input_error(run_config, tmp_path, line):
 def test_bad_config_is_refused_before_anything_is_loaded(run_config):
     with pytest.raises(InputError, match="gating"):
         Trainer({**run_config(), "gating": "none"})
+
+
+def test_cohort_without_any_rows_is_refused(run_config):
+    trainer = Trainer(run_config({"num-clients": 60}))
+    empty = next(client for client in range(60) if trainer.describe(client).num_examples == 0)
+    with pytest.raises(InputError, match=f"Client {empty} has no rows"):
+        trainer.train(empty, request(trainer.prepare(), cohort=(empty,)))
+
+
+def test_other_input_prompts_make_another_request(trainer):
+    start = trainer.prepare()
+    other_prompts = start.frozen[INPUT_PROMPTS] + np.float32(0.5)
+    assert bits(trainer.train(0, request(start))) != bits(trainer.train(0, request(start, input_prompts=other_prompts)))

@@ -95,7 +95,6 @@ def test_quoted_text_keeps_its_spaces(app):
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["learning-rate=0.1"], "learning-rate"),
         (["name=plain-text-without-quotes"], "invalid format"),
         (["lr=[0.1]"], "lr"),
         (["missing.toml"], "missing.toml"),
@@ -104,6 +103,11 @@ def test_quoted_text_keeps_its_spaces(app):
 def test_override_that_cannot_be_used_is_refused(overrides, complaint, app):
     with pytest.raises(InputError, match=f"run-config cannot be used: .*{complaint}"):
         AppFolder.find(str(app)).run_config(overrides)
+
+
+def test_unknown_key_is_refused_and_the_known_ones_are_listed(app):
+    with pytest.raises(InputError, match="Unknown run-config key `learning-rate`; known are: lr, name, rounds"):
+        AppFolder.find(str(app)).run_config(["learning-rate=0.1"])
 
 
 def test_toml_file_that_is_broken_is_refused(app):
@@ -117,3 +121,16 @@ def test_folder_that_is_not_a_flower_app_is_refused(app, line):
     (app / "pyproject.toml").write_text(APP.replace(line, ""))
     with pytest.raises(InputError, match=r"pyproject.toml is not a Flower app: .*"):
         AppFolder.find(str(app)).run_config(())
+
+
+@pytest.mark.parametrize("name", [".", "", "/"])
+def test_folder_without_an_app_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no app"):
+        AppFolder.find(name)
+
+
+@pytest.mark.parametrize("text", ["lr 0.5", "lr = 0.5", "lr=0.5 fast", "nonsense"])
+def test_text_that_is_not_key_value_is_refused_and_not_passed_over(app, text):
+    with pytest.raises(InputError, match="key=value"):
+        AppFolder.find(str(app)).run_config([text])

@@ -190,3 +190,23 @@ def test_signal_ends_the_run_with_its_code_and_a_valid_folder(command, tmp_path,
     run = RunFolder.open(tmp_path / "run")
     assert (run.summary["status"], run.summary["rounds"], run.summary["client_steps"]) == ("interrupted", 1, 6)
     assert max(entry["round"] for entry in run.metrics()) == 1
+
+
+def test_folder_that_only_looks_like_a_run_returns_2(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/summary.json").write_text("{}")
+    assert_refused(command(), "is not empty; choose another output-dir")
+
+
+def test_run_still_going_in_the_output_folder_is_not_marked(command, tmp_path):
+    assert command(num_server_rounds=1)[0] == 0
+    running = json.dumps({**summary_of(tmp_path / "run"), "status": "running"})
+    (tmp_path / "run/summary.json").write_text(running)
+    assert_refused(command(), "is not empty; choose another output-dir")
+    assert (tmp_path / "run/summary.json").read_text() == running
+
+
+def test_resume_takes_no_number_of_clients(command, tmp_path):
+    assert command(num_server_rounds=1)[0] == 0
+    outcome = command("--resume", str(tmp_path / "run"), "--num-supernodes", "7", configured=False)
+    assert_refused(outcome, "leave all other options away")

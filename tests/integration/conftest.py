@@ -19,6 +19,7 @@ def environment(tmp_path):
     home = tmp_path / "flwr-home"
     home.mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR_", "RAY_"))}
+    kept["PATH"] = f"{BIN}{os.pathsep}{kept['PATH']}"  # `flwr run` starts others by name
     return kept | {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "PYTHONPATH": str(tmp_path)}
 
 

@@ -102,15 +102,14 @@ def test_a_round_without_any_usable_reply_ends_the_run_with_code_1(simulate, fau
     assert summary_of(tmp_path / "run")["status"] == "failed"
 
 
-def test_a_killed_client_process_costs_its_replies_and_no_later_round(simulate, faulty_app, tmp_path):
+def test_a_killed_client_process_is_started_again_and_no_reply_is_lost(simulate, faulty_app, tmp_path):
     marker = tmp_path / "killed"
     fault = f"open({str(marker)!r}, 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"
     process = simulate(app=faulty_app(f"not os.path.exists({str(marker)!r})", fault), num_server_rounds=5)
-    output, errors = process.communicate()
+    _, errors = process.communicate()
     assert process.returncode == 0, errors
-    rounds = [line for line in output.splitlines() if line.startswith("round ")]
-    assert "clients failed" in rounds[0]
-    assert all("failed" not in line for line in rounds[1:]), rounds
+    assert marker.exists()
+    assert summary_of(tmp_path / "run")["failures"] == 0
 
 
 def test_a_killed_trainer_is_started_again_with_the_same_result(simulate, tmp_path, environment):

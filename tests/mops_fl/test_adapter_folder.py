@@ -63,3 +63,10 @@ def test_another_format_version_is_refused(tmp_path, version):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**CONFIG, "format-version": version}))
     with pytest.raises(InputError, match=f"format version {version}, this software reads 1"):
         load_adapter(tmp_path)
+
+
+def test_config_that_is_no_object_is_refused(tmp_path):
+    save_adapter(tmp_path, ARRAYS, CONFIG)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(InputError, match="no JSON object"):
+        load_adapter(tmp_path)

@@ -60,7 +60,7 @@ def test_value_of_another_type_is_refused_by_name(key, value, type_name):
 
 
 def test_section_keys_are_kebab_case():
-    assert section_keys(Section, TrainConfig) == {*GOOD, "batch-size", "local-steps"}
+    assert section_keys(Section, TrainConfig) == {*GOOD, "gate-lr-factor", "batch-size", "local-steps"}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,9 @@ def test_section_keys_are_kebab_case():
         (TrainConfig, "lr", 0.0),
         (TrainConfig, "lr", math.inf),
         (TrainConfig, "lr", math.nan),
+        (TrainConfig, "gate-lr-factor", -0.5),
+        (TrainConfig, "gate-lr-factor", math.inf),
+        (TrainConfig, "gate-lr-factor", math.nan),
         (TrainConfig, "batch-size", 0),
         (TrainConfig, "local-steps", 0),
     ],

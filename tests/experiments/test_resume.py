@@ -1,0 +1,113 @@
+"""A run that stopped goes on and ends, bit for bit, where an uninterrupted one does."""
+
+import json
+import os
+import signal
+
+import pytest
+import tomli_w
+import torch
+
+from clients import resident, trainer
+from experiments import federated_run, simulation
+from experiments.app_folder import AppFolder
+from experiments.run_folder import RunFolder
+from experiments.runtimes import run_inline
+from mops_fl.adapter_folder import load_adapter
+from strategies.fedprompt import FedPrompt
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch):
+    """One thread, no report; SIGINT's handler is put back."""
+    monkeypatch.setattr(trainer, "_use_all_cores", lambda: torch.set_num_threads(1))
+    monkeypatch.setattr(federated_run, "write_report", lambda folder: folder.path / "report.html")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(run_config, tmp_path):
+    """``run("name", key=value)``: a tiny run into ``tmp_path / "name"``, in a fresh trainer as in a new process."""
+
+    def call(name, **changes):
+        resident._local_trainer.cache_clear()
+        values = run_config({"output-dir": str(tmp_path / name), "evaluate-every": 1})
+        values |= {key.replace("_", "-"): value for key, value in changes.items()}
+        run_inline(AppFolder.find("experiments.dolly"), values, catch_signals=lambda: None)
+        return RunFolder.open(tmp_path / name)
+
+    return call
+
+
+def adapter_bits(folder):
+    return {name: array.tobytes() for name, array in load_adapter(folder / "adapter")[0].items()}
+
+
+def measured(folder):
+    return [
+        (entry["round"], entry["client-steps"], entry["task"], entry["metric"], entry["value"])
+        for entry in folder.metrics()
+        if entry["metric"] != "tokens-per-second"
+    ]
+
+
+@pytest.mark.parametrize("method", ["mops", "fedprompt"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_resumed_run_ends_where_an_uninterrupted_one_does(run, method, seed):
+    straight = run("straight", method=method, seed=seed)
+    first = run("run", method=method, seed=seed, num_server_rounds=1)
+    before = first.summary
+    assert adapter_bits(first.path) != adapter_bits(straight.path)
+
+    resumed = run("run", method=method, seed=seed, num_server_rounds=2, resume=True)
+    assert adapter_bits(resumed.path) == adapter_bits(straight.path)
+    assert measured(resumed) == measured(straight)
+    same = (
+        "rounds",
+        "client_steps",
+        "perplexity",
+        "perplexity_before",
+        "perplexity_bare",
+        "bytes_up",
+        "bytes_down",
+        "status",
+    )
+    assert {key: resumed.summary[key] for key in same} == {key: straight.summary[key] for key in same}
+    assert resumed.summary["elapsed_seconds"] > before["elapsed_seconds"]
+
+
+def test_interrupted_command_goes_on_with_resume(run, run_config, tmp_path, monkeypatch):
+    straight = run("straight")
+    values = run_config({"output-dir": str(tmp_path / "run"), "evaluate-every": 1})
+    (tmp_path / "values.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
+
+    def command(*arguments):
+        resident._local_trainer.cache_clear()
+        every = ["--app", "experiments.dolly", "--backend", "inline", *arguments]
+        return simulation._run(simulation._parser().parse_args(every))
+
+    aggregate = FedPrompt.aggregate_train
+
+    def interrupted(self, server_round, replies):
+        if server_round == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return aggregate(self, server_round, replies)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FedPrompt, "aggregate_train", interrupted)
+        assert command("--run-config", str(tmp_path / "values.toml")) == 130
+    assert command("--resume", str(tmp_path / "run")) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text(encoding="utf-8"))["status"] == "complete"
+    assert adapter_bits(tmp_path / "run") == adapter_bits(straight.path)
+
+
+def test_resume_passes_over_a_corrupt_newest_checkpoint(run, tmp_path):
+    straight = run("straight")
+    run("run")
+    newest = tmp_path / "run/checkpoints/round-000002.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    resumed = run("run", resume=True)
+    assert adapter_bits(resumed.path) == adapter_bits(straight.path)

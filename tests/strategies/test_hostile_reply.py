@@ -1,0 +1,50 @@
+"""A reply may hold anything; whatever it is, it is refused by name and the round goes on without it."""
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+
+from mops_fl.payload import TrainResult, encode_result
+from strategies.fedprompt import FedPrompt
+
+START = {"prompts": np.zeros((1, 2), np.float32)}
+GOOD = TrainResult({"prompts": np.ones((1, 2), np.float32)}, 3, 2, 10, 5.0, 0.25, ())
+
+
+def array(data, stype="numpy.ndarray"):
+    return ArrayRecord({"prompts": Array("float32", (1, 2), stype, data)})
+
+
+def of_numpy(values):
+    return Array(values).data
+
+
+@pytest.mark.parametrize(
+    ("record", "content"),
+    [
+        pytest.param("arrays", ConfigRecord({"prompts": 1}), id="config instead of arrays"),
+        pytest.param("arrays", array(b"junk"), id="bytes that are no array"),
+        pytest.param("arrays", array(b""), id="no bytes"),
+        pytest.param("arrays", array(of_numpy(np.zeros(2, np.float32))), id="shape is not the one declared"),
+        pytest.param("arrays", array(of_numpy(np.zeros((1, 2)))), id="dtype is not the one declared"),
+        pytest.param(
+            "arrays", array(of_numpy(np.zeros((1, 2), np.float32)), stype="torch"), id="another serialisation"
+        ),
+        pytest.param("gate-mass", 1.0, id="gate mass is one number"),
+        pytest.param("gate-mass", [0.5, 0.5], id="gate mass without a gate"),
+        pytest.param("loss-sum", [1.0], id="loss is a list"),
+        pytest.param("seconds", [1.0, 2.0], id="seconds is a list"),
+    ],
+)
+def test_hostile_reply_is_refused_and_the_others_are_averaged(ask, record, content):
+    asked = ask(FedPrompt, START, num_clients=2)
+    hostile = encode_result(GOOD)
+    if record == "arrays":
+        del hostile["arrays"]
+        hostile["arrays"] = content
+    else:
+        hostile["metrics"] = MetricRecord({**hostile["metrics"], record: content})
+    arrays, _ = asked.strategy.aggregate_train(1, [asked.reply_with(0, hostile), asked.reply(1, GOOD)])
+    assert arrays["prompts"].numpy().tolist() == [[1.0, 1.0]]
+    (failure,) = asked.reports[0].failures
+    assert failure.startswith("Client 0: refused: ")
