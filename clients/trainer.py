@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import psutil
 import torch
@@ -94,6 +95,7 @@ class Trainer:
         """
         self._config = ClientConfig.from_run_config(run_config)
         self._worker = ThreadPoolExecutor(max_workers=1, initializer=_use_all_cores)
+        self._name = uuid4().hex
         self._lock = threading.Lock()
         self._cohorts: dict[tuple[Any, ...], Future[dict[int, TrainResult]]] = {}
         self._model: tuple[bytes, PromptedModel] | None = None
@@ -110,7 +112,7 @@ class Trainer:
     def describe(self, partition_id: int) -> ClientInfo:
         """What a client answers when asked who it is."""
         num_examples = len(self._run(lambda: self._rows_of(partition_id)))
-        return ClientInfo(partition_id, num_examples, trainer="shared")
+        return ClientInfo(partition_id, num_examples, self._name)
 
     def prepare(self) -> Start:
         """Pretrain the input prompts and the gate on the server's rows."""

@@ -28,6 +28,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "ClientAppActor.terminate")
 
 from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
+from experiments.display import own_traceback
 from experiments.federated_run import default_output_dir
 from experiments.run_folder import RunFolder, require_empty
 from experiments.runtimes import run_inline, run_on_ray
@@ -59,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
     except InputError as error:
         code, status, message = 2, "failed", str(error)
     except RoundError as error:
-        code, status, message = 1, "failed", str(error)
+        code, status, message = 1, "failed", own_traceback(str(error))
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
         code, status, message = 128 + number, "interrupted", "interrupted; go on with --resume"
