@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: install fetch dolly test test-slow check bench clean
+.PHONY: install fetch dolly test test-slow lint check bench clean
 
 install: .venv/installed
 
@@ -24,14 +24,15 @@ dolly: fetch
 test: install
 	$(BIN)/python -m pytest -q
 
-test-slow: install
+test-slow: fetch
 	$(BIN)/python -m pytest -q -m slow
 
-check: install
+lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+
+check: lint test
 
 bench: fetch
 	$(BIN)/python benchmarks/step_speed.py
