@@ -22,7 +22,7 @@ class StateCache(Generic[Value]):
         self.misses = 0
 
     def get(self, row_id: int) -> Value | None:
-        """The value of a row, None if it is not there (any more)."""
+        """The value of a row, None if it is not there."""
         entry = self._entries.get(row_id)
         if entry is None:
             self.misses += 1
