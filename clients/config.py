@@ -24,15 +24,18 @@ class TrainerConfig:
 
     Attributes:
         eval_rows: test rows that are measured, spread evenly over the tasks; 0 for all.
-        cache_megabytes: most memory for frozen hidden states, in MiB; 0 computes them anew each time.
+        cache_megabytes: most memory for frozen hidden states, in MiB; 0 keeps none there.
+        cache_file_megabytes: most bytes of a memory-mapped file for those that the memory cannot take, in MiB.
     """
 
     eval_rows: int
     cache_megabytes: int
+    cache_file_megabytes: int
 
     def __post_init__(self) -> None:
         require_at_least("eval-rows", self.eval_rows, 0)
         require_at_least("cache-megabytes", self.cache_megabytes, 0)
+        require_at_least("cache-file-megabytes", self.cache_file_megabytes, 0)
 
 
 _SECTIONS = (BackboneConfig, DataConfig, AdapterConfig, PretrainConfig, TrainConfig, PartitionConfig, TrainerConfig)

@@ -1,33 +1,37 @@
-"""Where a client, or the server, finds its trainer: a named Ray actor in a simulation, else this very process."""
+"""Where a client, or the server, finds its trainer: named Ray actors in a simulation, else this very process."""
 
 import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mops_fl.config import Scalar
+from mops_fl.payload import TrainRequest, TrainResult
 
 if TYPE_CHECKING:
     from clients.trainer import Trainer
 
-# Calls that may wait in the actor at once; each is a client whose cohort is being trained.
+# Calls that may wait in an actor at once; each is a client whose cohort is being trained.
 _MAX_WAITING_CALLS = 1000
 
 
 def connect(run_config: Mapping[str, Scalar]) -> "Trainer":
     """The trainer for this run-config; the first caller creates it.
 
-    Inside Ray it is an actor that holds the GPU, if there is one, and is started again should it die: the clients'
-    own actors stay small and never import torch. Elsewhere it lives in this process.
+    Inside Ray these are actors, one for each GPU of the cluster, or for each machine of a cluster without GPUs, started
+    again should they die: the clients' own actors stay small and never import torch. Elsewhere the trainer lives in
+    this process.
 
     Raises:
         InputError: the config is not valid.
     """
     settings = json.dumps(dict(run_config), sort_keys=True)
-    return _remote_trainer(settings) if ray.is_initialized() else _local_trainer(settings)
+    return _ray_trainers(settings) if ray.is_initialized() else _local_trainer(settings)
 
 
 @functools.lru_cache(maxsize=1)
@@ -38,25 +42,12 @@ def _local_trainer(settings: str) -> "Trainer":
 
 
 @functools.lru_cache(maxsize=1)
-def _remote_trainer(settings: str) -> "Trainer":
-    actor = (
-        ray.remote(_TrainerActor)
-        .options(
-            name=f"trainer-{hashlib.sha256(settings.encode()).hexdigest()[:16]}",
-            get_if_exists=True,
-            num_cpus=0,
-            num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
-            max_restarts=-1,
-            max_task_retries=-1,
-            max_concurrency=_MAX_WAITING_CALLS,
-        )
-        .remote(settings)
-    )
-    return cast("Trainer", _RemoteTrainer(actor))
+def _ray_trainers(settings: str) -> "Trainer":
+    return cast("Trainer", _RayTrainers(settings))
 
 
 class _TrainerActor:
-    """What Ray runs in the trainer's process."""
+    """What Ray runs in a trainer's process."""
 
     def __init__(self, settings: str) -> None:
         self._settings = settings
@@ -65,17 +56,46 @@ class _TrainerActor:
         return getattr(_local_trainer(self._settings), method)(*args)
 
 
-class _RemoteTrainer:
-    """The methods of `Trainer`, each carried out by the actor; its errors arrive as they were raised."""
+class _RayTrainers:
+    """The methods of `Trainer`, each carried out by an actor; its errors arrive as they were raised.
 
-    def __init__(self, actor: Any) -> None:  # noqa: ANN401
-        self._actor = actor
+    A round's cohorts are dealt to the actors in turn; everything else is the first one's.
+    """
+
+    def __init__(self, settings: str) -> None:
+        nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
+        gpus = [node["NodeID"] for node in nodes for _ in range(int(node["Resources"].get("GPU", 0)))]
+        run = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        self._actors = [
+            ray.remote(_TrainerActor)
+            .options(
+                name=f"trainer-{run}-{number}",
+                get_if_exists=True,
+                num_cpus=0,
+                num_gpus=1 if gpus else 0,
+                max_restarts=-1,
+                max_task_retries=-1,
+                max_concurrency=_MAX_WAITING_CALLS,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=True),
+            )
+            .remote(settings)
+            for number, node_id in enumerate(gpus or [node["NodeID"] for node in nodes])
+        ]
+
+    def train(self, partition_id: int, request: TrainRequest) -> TrainResult:
+        """See `Trainer.train`."""
+        cohort, num_actors = request.cohort, len(self._actors)
+        actor = cohort.number % num_actors
+        beside = len(range(actor, cohort.count, num_actors))  # cohorts of this round that go to the same actor
+        request = replace(request, cohort=replace(cohort, count=beside))
+        return cast(TrainResult, _call(self._actors[actor], "train", partition_id, request))
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
-        def call(*args: object) -> Any:  # noqa: ANN401
-            try:
-                return ray.get(self._actor.call.remote(method, *args))
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
+        return functools.partial(_call, self._actors[0], method)
 
-        return call
+
+def _call(actor: Any, method: str, *args: object) -> Any:  # noqa: ANN401
+    try:
+        return ray.get(actor.call.remote(method, *args))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error

@@ -7,20 +7,19 @@ trainer that was started again, gets the same answer.
 """
 
 import hashlib
-import os
 import resource
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
-import psutil
 import torch
 
 from clients.config import ClientConfig
+from clients.lanes import Lanes
 from clients.local_training import ClientRows, train_cohort
 from mops_fl.adapter import Adapter, AdapterState
 from mops_fl.backbone import Backbone
@@ -29,14 +28,12 @@ from mops_fl.data import Row, TaskData, load_task_data
 from mops_fl.encoding import EncodedRow, RowEncoder
 from mops_fl.errors import InputError
 from mops_fl.evaluation import Evaluation, evaluate, evaluate_bare
-from mops_fl.model import PromptedModel, RowStates, check_inject_layer
+from mops_fl.model import PromptedModel, check_inject_layer
 from mops_fl.payload import INPUT_PROMPTS, Arrays, ClientInfo, TrainRequest, TrainResult
 from mops_fl.pretraining import pretrain
 from mops_fl.state_cache import StateCache
 from partitioning.manifest import build_manifest
 from partitioning.registry import partition_rows
-
-Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Setting:
 class Trainer:
     """Trains cohorts, evaluates and pretrains on one frozen model; safe to call from many threads.
 
-    Everything runs on one worker thread, in the order it was asked for.
+    Cohorts and evaluation batches run on the machine's lanes. What a call returns does not depend on what else runs.
     """
 
     def __init__(self, run_config: Mapping[str, Scalar]) -> None:
@@ -94,9 +91,9 @@ class Trainer:
             InputError: the config is not valid.
         """
         self._config = ClientConfig.from_run_config(run_config)
-        self._worker = ThreadPoolExecutor(max_workers=1, initializer=_use_all_cores)
+        self._lanes = Lanes.of_this_machine()
         self._name = uuid4().hex
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # held while anything is loaded, encoded or looked up
         self._cohorts: dict[tuple[Any, ...], Future[dict[int, TrainResult]]] = {}
         self._model: tuple[bytes, PromptedModel] | None = None
         self._encoded: dict[int, EncodedRow] = {}
@@ -107,24 +104,40 @@ class Trainer:
         Raises:
             InputError: no such model or data, or a layer that the model does not have.
         """
-        return self._run(self._setting)
+        with self._lock:
+            return self._setting()
 
     def describe(self, partition_id: int) -> ClientInfo:
         """What a client answers when asked who it is."""
-        num_examples = len(self._run(lambda: self._rows_of(partition_id)))
-        return ClientInfo(partition_id, num_examples, self._name)
+        with self._lock:
+            return ClientInfo(partition_id, len(self._rows_of(partition_id)), self._name)
 
     def prepare(self) -> Start:
         """Pretrain the input prompts and the gate on the server's rows."""
-        return self._run(self._prepare)
+        with self._lock:
+            backbone, rows = self._backbone, self._encode(self._data.server)
+        self._lanes.take_share(1)  # the input prompts are trained here, row by row
+        generator = torch.Generator().manual_seed(self._config.partition.seed)
+        start = pretrain(backbone, rows, self._config.adapter, self._config.pretrain, generator, spread=self._lanes.map)
+        adapter = {name: tensor.numpy() for name, tensor in start.adapter.items()}
+        return Start(adapter, {INPUT_PROMPTS: start.input_prompts.numpy()}, start.gate_accuracy)
 
     def evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
         """Measure an adapter on the test rows."""
-        return self._run(lambda: self._evaluate(adapter, frozen))
+        with self._lock:
+            model, rows = self._prompted_model(frozen), self._test_rows
+        stacked = Adapter([_tensors(adapter)]).to(model.backbone.device)
+        return evaluate(model, stacked, rows, self._data.tasks, spread=self._lanes.map)
 
     def evaluate_bare(self) -> Evaluation:
         """Measure the backbone without prompts on the test rows."""
-        return self._run(self._evaluate_bare)
+        with self._lock:
+            no_prompts = torch.zeros(0, self._backbone.hidden_size)
+            model, rows = (
+                PromptedModel(self._backbone, self._config.adapter, no_prompts, StateCache(0)),
+                self._test_rows,
+            )
+        return evaluate_bare(model, rows, self._data.tasks, spread=self._lanes.map)
 
     def train(self, partition_id: int, request: TrainRequest) -> TrainResult:
         """Train the cohort named in the request, once, and return this client's part of it.
@@ -137,7 +150,8 @@ class Trainer:
         with self._lock:
             if key not in self._cohorts:
                 current = {k: f for k, f in self._cohorts.items() if k[0] == request.server_round}
-                self._cohorts = {**current, key: self._worker.submit(self._train_cohort, request)}
+                training = self._lanes.submit(lambda: self._train_cohort(request), beside=request.cohort.count)
+                self._cohorts = {**current, key: training}
             cohort = self._cohorts[key]
         results = cohort.result()
         if partition_id not in results:
@@ -149,9 +163,6 @@ class Trainer:
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def _run(self, task: Callable[[], Answer]) -> Answer:
-        return self._worker.submit(task).result()
 
     @cached_property
     def _data(self) -> TaskData:
@@ -206,37 +217,17 @@ class Trainer:
             num_layers=self._backbone.num_layers,
         )
 
-    def _prepare(self) -> Start:
-        generator = torch.Generator().manual_seed(self._config.partition.seed)
-        start = pretrain(
-            self._backbone,
-            self._encode(self._data.server),
-            self._config.adapter,
-            self._config.pretrain,
-            generator,
-        )
-        adapter = {name: tensor.numpy() for name, tensor in start.adapter.items()}
-        return Start(adapter, {INPUT_PROMPTS: start.input_prompts.numpy()}, start.gate_accuracy)
-
-    def _evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
-        stacked = Adapter([_tensors(adapter)]).to(self._backbone.device)
-        return evaluate(self._prompted_model(frozen), stacked, self._test_rows, self._data.tasks)
-
-    def _evaluate_bare(self) -> Evaluation:
-        no_prompts = torch.zeros(0, self._backbone.hidden_size)
-        model = PromptedModel(self._backbone, self._config.adapter, no_prompts, StateCache(0))
-        return evaluate_bare(model, self._test_rows, self._data.tasks)
-
     def _train_cohort(self, request: TrainRequest) -> dict[int, TrainResult]:
-        model = self._prompted_model({INPUT_PROMPTS: request.input_prompts})
-        clients = {
-            partition_id: ClientRows(
-                self._encode([self._data.train[index] for index in rows]),
-                seed=(self._config.partition.seed, request.server_round, partition_id),
-            )
-            for partition_id in request.cohort
-            if (rows := self._rows_of(partition_id))
-        }
+        with self._lock:
+            model = self._prompted_model({INPUT_PROMPTS: request.input_prompts})
+            clients = {
+                partition_id: ClientRows(
+                    self._encode([self._data.train[index] for index in rows]),
+                    seed=(self._config.partition.seed, request.server_round, partition_id),
+                )
+                for partition_id in request.cohort.members
+                if (rows := self._rows_of(partition_id))
+            }
         if not clients:
             return {}
         results = train_cohort(model, _tensors(request.adapter), list(clients.values()), self._config.train)
@@ -254,7 +245,8 @@ class Trainer:
         """The model with these input prompts; its cached states live as long as the prompts stay the same."""
         digest = _digest(frozen)
         if self._model is None or self._model[0] != digest:
-            cache: StateCache[RowStates] = StateCache(self._config.trainer.cache_megabytes << 20)
+            config = self._config.trainer
+            cache = StateCache(config.cache_megabytes << 20, config.cache_file_megabytes << 20)
             prompts = _tensors(frozen)[INPUT_PROMPTS]
             self._model = (digest, PromptedModel(self._backbone, self._config.adapter, prompts, cache))
         return self._model[1]
@@ -270,8 +262,3 @@ def _digest(arrays: Arrays) -> bytes:
         digest.update(name.encode())
         digest.update(array.tobytes())
     return digest.digest()
-
-
-def _use_all_cores() -> None:
-    # Ray tells the processes it starts to use one core; the trainer is the one that should use all of them.
-    torch.set_num_threads(min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0))))

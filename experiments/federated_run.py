@@ -95,6 +95,7 @@ class FederatedRun:
         self._display.say(f"test perplexity of the model without prompts: {progress.perplexity_bare['all']:.3f}")
         start = self._trainer.prepare()
         if start.gate_accuracy is not None:
+            self._log("server", "gate-accuracy", start.gate_accuracy)
             self._display.say(f"gate pretrained: right on {start.gate_accuracy:.0%} of the server's rows")
         before = self._trainer.evaluate(start.adapter, start.frozen)
         progress.perplexity_before = progress.perplexity = before.perplexity()

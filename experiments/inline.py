@@ -2,6 +2,7 @@
 
 import traceback
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -12,9 +13,12 @@ from flwr.supercore.run import Run
 
 from mops_fl.config import Scalar
 
+# Clients that wait for their cohort at once; enough for every cohort to have one of its members here.
+_MAX_THREADS = 64
+
 
 class InlineGrid(Grid):
-    """`num_clients` virtual nodes, ids 1 to `num_clients`, that answer one after the other.
+    """`num_clients` virtual nodes, ids 1 to `num_clients`, that answer at once, each on a thread of its own.
 
     A client's `Context.state` lasts from message to message, and an exception in a client becomes an error reply, as
     in Flower's own runtimes.
@@ -33,6 +37,7 @@ class InlineGrid(Grid):
             for partition_id in range(num_clients)
         }
         self._replies: dict[str, Message] = {}
+        self._threads = ThreadPoolExecutor(_MAX_THREADS)
 
     def set_run(self, run: Run) -> None:
         """Only the run given at the start is ever used."""
@@ -59,12 +64,12 @@ class InlineGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Let the clients answer at once; the answers wait to be pulled."""
-        message_ids = []
+        messages = list(messages)
         for message in messages:
-            message_ids.append(str(uuid4()))
-            message.metadata.__dict__["_message_id"] = message_ids[-1]  # replies refer to it
-            self._replies[message_ids[-1]] = self._answer(message)
-        return message_ids
+            message.metadata.__dict__["_message_id"] = str(uuid4())  # replies refer to it
+        replies = self._threads.map(self._answer, messages)
+        self._replies |= {message.metadata.message_id: reply for message, reply in zip(messages, replies, strict=True)}
+        return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The answers to the given messages."""

@@ -7,7 +7,6 @@ import logging
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -16,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from mops_fl.attention import PACKED_ATTENTION
 from mops_fl.config import BackboneConfig
 from mops_fl.errors import InputError
+from mops_fl.head_loss import head_nll
 from mops_fl.sources import resolve_backbone
 
 logger = logging.getLogger(__name__)
@@ -188,8 +188,8 @@ class Backbone:
         Returns:
             `(N,)`.
         """
-        logits = self.model.lm_head(self._decoder.norm(hidden))
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+        head = self.model.lm_head
+        return head_nll(self._decoder.norm(hidden), head.weight, head.bias, targets)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -4,6 +4,7 @@ Values live in TOML files, types and rules live here: no dataclass field has a d
 kebab-case keys of a run-config into one frozen dataclass and refuses what is missing or of another type.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TypeVar, get_type_hints
@@ -143,12 +144,14 @@ class TrainConfig:
         gate_lr_factor: the gate's learning rate is this times `lr` (paper: 1); 0 keeps the pretrained gate.
         batch_size: rows per client and step (paper: 1).
         local_steps: steps per client and round (paper: 250).
+        local_epochs: passes over its rows after which a client stops earlier than that (paper: 0, never).
     """
 
     lr: float
     gate_lr_factor: float
     batch_size: int
     local_steps: int
+    local_epochs: int
 
     def __post_init__(self) -> None:
         require_positive("lr", self.lr)
@@ -156,6 +159,13 @@ class TrainConfig:
             raise InputError(f"`gate-lr-factor` is {self.gate_lr_factor}; it must be a number of at least 0.")
         require_at_least("batch-size", self.batch_size, 1)
         require_at_least("local-steps", self.local_steps, 1)
+        require_at_least("local-epochs", self.local_epochs, 0)
+
+    def num_steps(self, num_rows: int) -> int:
+        """Steps of a client with so many rows, at least one."""
+        if not self.local_epochs:
+            return self.local_steps
+        return min(self.local_steps, math.ceil(self.local_epochs * num_rows / self.batch_size))
 
 
 def read_section(section: type[Section], run_config: Mapping[str, Scalar]) -> Section:

@@ -1,8 +1,9 @@
 """Perplexity per task, from sums and counts, and how the gate treated each task."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -12,6 +13,17 @@ from mops_fl.model import PromptedModel, RowLosses
 
 # Positions of one packed forward pass: enough to keep the matrix products busy, little enough for a laptop.
 BATCH_TOKENS = 2048
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class Spread(Protocol):
+    """The built-in `map`, or one that works on several items at once."""
+
+    def __call__(self, task: Callable[[Item], Answer], items: Iterable[Item], /) -> Iterable[Answer]:
+        """The answers, in the order of the items."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,15 +51,23 @@ class Evaluation:
         return figures
 
 
-def evaluate(model: PromptedModel, adapter: Adapter, rows: Sequence[EncodedRow], tasks: tuple[str, ...]) -> Evaluation:
+def evaluate(
+    model: PromptedModel,
+    adapter: Adapter,
+    rows: Sequence[EncodedRow],
+    tasks: tuple[str, ...],
+    spread: Spread = map,
+) -> Evaluation:
     """Measure one adapter (`J = 1`) on rows."""
-    return _evaluate(lambda batch: model.losses(adapter, batch), rows, tasks)
+    return _evaluate(lambda batch: model.losses(adapter, batch), rows, tasks, spread)
 
 
-def evaluate_bare(model: PromptedModel, rows: Sequence[EncodedRow], tasks: tuple[str, ...]) -> Evaluation:
+def evaluate_bare(
+    model: PromptedModel, rows: Sequence[EncodedRow], tasks: tuple[str, ...], spread: Spread = map
+) -> Evaluation:
     """Measure the backbone without any prompts."""
     no_prompts = torch.zeros(0, model.backbone.hidden_size)
-    return _evaluate(lambda batch: model.plain_losses(no_prompts, batch), rows, tasks)
+    return _evaluate(lambda batch: model.plain_losses(no_prompts, batch), rows, tasks, spread)
 
 
 def packed_batches(rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
@@ -62,26 +82,29 @@ def packed_batches(rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
         yield batch
 
 
-@torch.no_grad()
 def _evaluate(
-    losses: Callable[[list[EncodedRow]], RowLosses], rows: Sequence[EncodedRow], tasks: tuple[str, ...]
+    losses: Callable[[list[EncodedRow]], RowLosses],
+    rows: Sequence[EncodedRow],
+    tasks: tuple[str, ...],
+    spread: Spread,
 ) -> Evaluation:
-    batches = [(batch, losses(batch)) for batch in packed_batches(rows)]
-    labels = torch.tensor([row.task for batch, _ in batches for row in batch])
+    # The decorated function, since a thread's grad mode is its own.
+    results = list(spread(torch.no_grad()(losses), packed_batches(rows)))
+    labels = torch.tensor([row.task for row in rows])
 
     def per_task(values: torch.Tensor) -> torch.Tensor:
         sums = torch.zeros(len(tasks), *values.shape[1:], dtype=torch.float64)
         return sums.index_add(0, labels, values.double().cpu())
 
     gate = None
-    scores_per_batch = [result.scores for _, result in batches if result.scores is not None]
+    scores_per_batch = [result.scores for result in results if result.scores is not None]
     if scores_per_batch:
         scores = torch.cat(scores_per_batch)
         num_rows = per_task(torch.ones(len(rows), 1)).clamp(min=1)
         gate = tuple(tuple(task) for task in (per_task(scores) / num_rows).tolist())
     return Evaluation(
         tasks=tasks,
-        loss_sum=tuple(per_task(torch.cat([result.loss_sum for _, result in batches])).tolist()),
-        num_tokens=tuple(int(n) for n in per_task(torch.cat([result.num_tokens for _, result in batches])).tolist()),
+        loss_sum=tuple(per_task(torch.cat([result.loss_sum for result in results])).tolist()),
+        num_tokens=tuple(int(n) for n in per_task(torch.cat([result.num_tokens for result in results])).tolist()),
         gate=gate,
     )

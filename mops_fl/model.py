@@ -19,25 +19,7 @@ from mops_fl.backbone import Backbone, SharedPrefix
 from mops_fl.config import AdapterConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
-from mops_fl.state_cache import StateCache
-
-
-@dataclass(frozen=True)
-class RowStates:
-    """What the frozen lower layers make of one row.
-
-    Attributes:
-        tokens: `(n, D)` input of layer `m` at the row's tokens, in the backbone's dtype.
-        pooled: `(D,)` float32 input of the gate.
-    """
-
-    tokens: Tensor
-    pooled: Tensor
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory it takes."""
-        return self.tokens.nbytes + self.pooled.nbytes
+from mops_fl.state_cache import RowStates, StateCache
 
 
 @dataclass(frozen=True)
@@ -64,9 +46,7 @@ class PromptedModel:
         transformed_prompts: `(K', D)` P1 as it arrives at layer `m`, in the backbone's dtype.
     """
 
-    def __init__(
-        self, backbone: Backbone, config: AdapterConfig, input_prompts: Tensor, cache: StateCache[RowStates]
-    ) -> None:
+    def __init__(self, backbone: Backbone, config: AdapterConfig, input_prompts: Tensor, cache: StateCache) -> None:
         """Check the layer and keep the parts.
 
         Raises:
@@ -156,7 +136,7 @@ class PromptedModel:
         if self._config.pooling == "all":
             pooled = torch.cat([self.transformed_prompts, tokens])
         states = RowStates(tokens, pooled.float().mean(0))
-        self._cache.put(row.row_id, states, states.num_bytes)
+        self._cache.put(row.row_id, states)
         return states
 
 

@@ -2,7 +2,7 @@
 
 Message  `arrays`   the adapter, name -> float32
          `frozen`   the input prompts P1
-         `config`   server-round, cohort (partition ids trained together)
+         `config`   server-round, cohort (partition ids trained together), cohort-number, num-cohorts
 Reply    `arrays`   the trained adapter, same names and shapes
          `metrics`  num-examples, num-steps, num-tokens, loss-sum (nats), seconds, gate-mass (one number per expert)
 Query    `config`   partition-id, num-examples, trainer (clients that name the same one can be trained together)
@@ -25,10 +25,27 @@ METRICS = "metrics"
 INPUT_PROMPTS = "input-prompts"
 SERVER_ROUND = "server-round"
 COHORT = "cohort"
+COHORT_NUMBER = "cohort-number"
+NUM_COHORTS = "num-cohorts"
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
 _METRIC_NAMES = {"num-examples", "num-steps", "num-tokens", "loss-sum", "seconds", "gate-mass"}
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Clients that one trainer trains in one batch.
+
+    Attributes:
+        members: their partition ids.
+        number: which of the trainer's cohorts this is in the round, from 0.
+        count: cohorts that the trainer gets in the round; they may run at once.
+    """
+
+    members: tuple[int, ...]
+    number: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -37,13 +54,13 @@ class TrainRequest:
 
     Attributes:
         server_round: round, from 1.
-        cohort: partition ids trained in one batch, this client's among them.
+        cohort: who is trained in one batch, this client among them.
         adapter: the global adapter.
         input_prompts: `(K', D)` P1.
     """
 
     server_round: int
-    cohort: tuple[int, ...]
+    cohort: Cohort
     adapter: Arrays
     input_prompts: NDArray[np.float32]
 
@@ -96,9 +113,16 @@ def from_record(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:
     return {name: array.numpy() for name, array in record.items()}
 
 
-def encode_request(arrays: ArrayRecord, frozen: ArrayRecord, server_round: int, cohort: tuple[int, ...]) -> RecordDict:
+def encode_request(arrays: ArrayRecord, frozen: ArrayRecord, server_round: int, cohort: Cohort) -> RecordDict:
     """The content of a train message."""
-    config = ConfigRecord({SERVER_ROUND: server_round, COHORT: list(cohort)})
+    config = ConfigRecord(
+        {
+            SERVER_ROUND: server_round,
+            COHORT: list(cohort.members),
+            COHORT_NUMBER: cohort.number,
+            NUM_COHORTS: cohort.count,
+        }
+    )
     return RecordDict({ARRAYS: arrays, FROZEN: frozen, CONFIG: config})
 
 
@@ -107,7 +131,7 @@ def decode_request(content: RecordDict) -> TrainRequest:
     config: dict[str, Any] = dict(content.config_records[CONFIG])
     return TrainRequest(
         server_round=config[SERVER_ROUND],
-        cohort=tuple(config[COHORT]),
+        cohort=Cohort(tuple(config[COHORT]), config[COHORT_NUMBER], config[NUM_COHORTS]),
         adapter=from_record(content.array_records[ARRAYS]),
         input_prompts=content.array_records[FROZEN][INPUT_PROMPTS].numpy(),
     )

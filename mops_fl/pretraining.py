@@ -15,8 +15,8 @@ from mops_fl.adapter import AdapterState, Gate, initial_state
 from mops_fl.backbone import Backbone
 from mops_fl.config import AdapterConfig, PretrainConfig
 from mops_fl.encoding import EncodedRow
-from mops_fl.evaluation import packed_batches
-from mops_fl.model import PromptedModel, RowStates
+from mops_fl.evaluation import Spread
+from mops_fl.model import PromptedModel
 from mops_fl.state_cache import StateCache
 
 
@@ -42,6 +42,7 @@ def pretrain(
     adapter_config: AdapterConfig,
     config: PretrainConfig,
     generator: torch.Generator,
+    spread: Spread = map,
 ) -> Pretrained:
     """Train P1 on the plain model, draw the adapter, then train its gate on the pooled states.
 
@@ -51,9 +52,10 @@ def pretrain(
         adapter_config: shapes and readings.
         config: steps and rates.
         generator: the only source of randomness.
+        spread: runs the frozen layers over many rows.
     """
     prompts = sample_token_embeddings(backbone, adapter_config.num_prompts, generator)
-    no_cache: StateCache[RowStates] = StateCache(0)
+    no_cache = StateCache(0)
     model = PromptedModel(backbone, adapter_config, prompts, no_cache)
     if rows:
         prompts = train_input_prompts(model, rows, config, generator)
@@ -61,7 +63,7 @@ def pretrain(
     state = initial_state(adapter_config, initial_prompts(model, adapter_config, generator), generator)
     accuracy = None
     if rows and config.gate_epochs and "gate.w1" in state:
-        state, accuracy = train_gate(state, model, rows, config)
+        state, accuracy = train_gate(state, model, rows, config, spread)
     return Pretrained(model.input_prompts, state, accuracy)
 
 
@@ -101,7 +103,11 @@ def sample_token_embeddings(backbone: Backbone, count: int, generator: torch.Gen
 
 
 def train_gate(
-    state: AdapterState, model: PromptedModel, rows: Sequence[EncodedRow], config: PretrainConfig
+    state: AdapterState,
+    model: PromptedModel,
+    rows: Sequence[EncodedRow],
+    config: PretrainConfig,
+    spread: Spread = map,
 ) -> tuple[AdapterState, float]:
     """Cross-entropy of the gate against the rows' tasks; task `t` belongs to expert `t mod E`.
 
@@ -109,7 +115,7 @@ def train_gate(
         The state with a trained gate, and the share of rows that end at their own expert.
     """
     questions = [replace(row, token_ids=row.token_ids[: row.prompt_length]) for row in rows]
-    pooled = torch.stack([states.pooled for batch in packed_batches(questions) for states in model.row_states(batch)])
+    pooled = torch.stack([states.pooled for states in spread(lambda row: model.row_states([row])[0], questions)])
     gate = Gate([state]).to(pooled.device)
     experts = torch.tensor([row.task for row in rows], device=pooled.device) % gate.b2.shape[1]
     optimizer = torch.optim.Adam(gate.parameters(), lr=config.gate_lr)

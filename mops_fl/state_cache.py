@@ -1,44 +1,115 @@
-"""A cache of frozen hidden states, bounded in bytes, least recently used out first."""
+"""What the frozen layers made of each row, kept in memory and then in a memory-mapped file.
 
-from collections import OrderedDict
-from typing import Generic, TypeVar
+Nothing is ever dropped to make room. Clients are sampled at random, so a row that is here is as likely to be wanted
+again as one that is not; and the test rows, which come in the same order each time, would drive each other out.
+"""
 
-Value = TypeVar("Value")
+import logging
+import os
+import tempfile
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SEGMENT_BYTES = 256 << 20
 
 
-class StateCache(Generic[Value]):
-    """Keeps what the frozen layers computed for a row, up to `capacity_bytes`.
+@dataclass(frozen=True)
+class RowStates:
+    """What the frozen lower layers make of one row.
+
+    Attributes:
+        tokens: `(n, D)` input of layer `m` at the row's tokens, in the backbone's dtype.
+        pooled: `(D,)` float32 input of the gate.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        return self.tokens.nbytes + self.pooled.nbytes
+
+
+class StateCache:
+    """Row id -> `RowStates`, safe to use from many threads.
 
     Attributes:
         hits: look-ups that found their row.
         misses: look-ups that did not.
     """
 
-    def __init__(self, capacity_bytes: int) -> None:
-        self._capacity_bytes = capacity_bytes
-        self._entries: OrderedDict[int, tuple[Value, int]] = OrderedDict()
-        self._size_bytes = 0
+    def __init__(self, memory_bytes: int, file_bytes: int = 0) -> None:
+        """An empty cache.
+
+        Args:
+            memory_bytes: most bytes kept where the rows were computed (on a GPU: in its memory).
+            file_bytes: most bytes of tokens kept in a file beyond that; its blocks are claimed as they are needed.
+        """
         self.hits = 0
         self.misses = 0
+        self._lock = threading.Lock()
+        self._memory: dict[int, RowStates] = {}
+        self._in_file: dict[int, RowStates] = {}
+        self._memory_left = memory_bytes
+        self._file_left = file_bytes
+        self._segment = torch.empty(0, dtype=torch.uint8)  # the part of the mapped file that is still free
 
-    def get(self, row_id: int) -> Value | None:
-        """The value of a row, None if it is not there."""
-        entry = self._entries.get(row_id)
-        if entry is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._entries.move_to_end(row_id)
-        return entry[0]
+    def get(self, row_id: int) -> RowStates | None:
+        """The states of a row on the device they were computed on, None if they are not here."""
+        with self._lock:
+            found = self._memory.get(row_id)
+            mapped = self._in_file.get(row_id)
+            self.hits += found is not None or mapped is not None
+            self.misses += found is None and mapped is None
+        if mapped is None:
+            return found
+        return RowStates(mapped.tokens.to(mapped.pooled.device), mapped.pooled)
 
-    def put(self, row_id: int, value: Value, num_bytes: int) -> None:
-        """Keep a value; drops the rows unused for longest until the bound holds."""
-        _, replaced_bytes = self._entries.pop(row_id, (None, 0))
-        self._entries[row_id] = (value, num_bytes)
-        self._size_bytes += num_bytes - replaced_bytes
-        while self._size_bytes > self._capacity_bytes and self._entries:
-            _, (_, dropped_bytes) = self._entries.popitem(last=False)
-            self._size_bytes -= dropped_bytes
+    def put(self, row_id: int, states: RowStates) -> None:
+        """Keep the states of a row if there is room for them."""
+        with self._lock:
+            if row_id in self._memory or row_id in self._in_file:
+                return
+            if states.num_bytes <= self._memory_left:
+                self._memory_left -= states.num_bytes
+                self._memory[row_id] = states
+            elif (mapped := self._claim(states.tokens.nbytes)) is not None:
+                tokens = mapped.view(states.tokens.dtype).view(states.tokens.shape)
+                self._in_file[row_id] = RowStates(tokens.copy_(states.tokens), states.pooled)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._memory) + len(self._in_file)
+
+    def _claim(self, num_bytes: int) -> Tensor | None:
+        """Bytes of the mapped file, aligned for any dtype; None if there are no more."""
+        padded = -num_bytes % 64 + num_bytes
+        if padded > len(self._segment):
+            size = min(self._file_left, SEGMENT_BYTES)
+            if padded > size:
+                return None
+            try:
+                self._segment = _map_unnamed_file(size)
+            except OSError as error:
+                logger.warning("no more frozen states are kept: %s", error)
+                self._file_left = 0
+                return None
+            self._file_left -= size
+        claimed, self._segment = self._segment[:num_bytes], self._segment[padded:]
+        return claimed
+
+
+def _map_unnamed_file(num_bytes: int) -> Tensor:
+    """A new file's bytes as a tensor `(num_bytes,)`; the file is gone with it.
+
+    Raises:
+        OSError: the disk is full. Its blocks are claimed here, since a write into a mapping could not say so.
+    """
+    with tempfile.NamedTemporaryFile(prefix="mops-states-") as file:
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
+        return torch.from_file(file.name, shared=True, size=num_bytes, dtype=torch.uint8)

@@ -87,12 +87,14 @@ class FedPrompt(FedAvg):
         cohorts = self._sampler.cohorts(number)
         contents = {cohort: encode_request(arrays, self._frozen, number, cohort) for cohort in cohorts}
         self._sent = arrays
-        self._asked = {self._sampler.node_of[client]: client for cohort in cohorts for client in cohort}
-        self._bytes_down = sum(num_bytes(contents[cohort]) * len(cohort) for cohort in cohorts)
+        # By turns: few messages may be in flight at once, and those should keep every cohort's trainer busy.
+        turns = range(max(len(cohort.members) for cohort in cohorts))
+        asked = [(cohort.members[turn], cohort) for turn in turns for cohort in cohorts if turn < len(cohort.members)]
+        self._asked = {self._sampler.node_of[client]: client for client, _ in asked}
+        self._bytes_down = sum(num_bytes(contents[cohort]) for _, cohort in asked)
         return [
-            Message(content, message_type=MessageType.TRAIN, dst_node_id=self._sampler.node_of[client])
-            for cohort, content in contents.items()
-            for client in cohort
+            Message(contents[cohort], message_type=MessageType.TRAIN, dst_node_id=self._sampler.node_of[client])
+            for client, cohort in asked
         ]
 
     def aggregate_train(

@@ -1,11 +1,12 @@
 """Which clients train in a round, and who of them is trained in one batch."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from mops_fl.errors import InputError
-from mops_fl.payload import ClientInfo
+from mops_fl.payload import ClientInfo, Cohort
 
 
 class ClientSampler:
@@ -42,13 +43,13 @@ class ClientSampler:
         self._cohort_size = cohort_size
         self._seed = seed
 
-    def cohorts(self, server_round: int) -> list[tuple[int, ...]]:
-        """The partition ids of a round, in groups that are trained together, each group on one trainer."""
+    def cohorts(self, server_round: int) -> list[Cohort]:
+        """A round's clients, dealt in turn into as few cohorts as their size allows, each on one trainer."""
         rng = np.random.default_rng([self._seed, server_round])
         sampled = sorted(rng.choice(sorted(self.node_of), self._clients_per_round, replace=False).tolist())
         cohorts = []
         for trainer in sorted({self._trainer_of[client] for client in sampled}):
             members = [client for client in sampled if self._trainer_of[client] == trainer]
-            for first in range(0, len(members), self._cohort_size):
-                cohorts.append(tuple(members[first : first + self._cohort_size]))
+            count = math.ceil(len(members) / self._cohort_size)
+            cohorts += [Cohort(tuple(members[number::count]), number, count) for number in range(count)]
         return cohorts

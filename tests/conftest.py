@@ -50,6 +50,7 @@ TINY_RUN = {
     "gate-epochs": 5,
     "input-prompt-steps": 2,
     "cache-megabytes": 16,
+    "cache-file-megabytes": 16,
     "data-path": "",
 }
 

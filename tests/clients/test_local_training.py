@@ -12,6 +12,7 @@ from clients.local_training import ClientRows, client_losses, draw_rows, train_c
 from mops_fl.adapter import METHODS, Adapter, initial_state
 from mops_fl.config import AdapterConfig, TrainConfig
 from mops_fl.encoding import EncodedRow
+from mops_fl.errors import InputError
 from mops_fl.model import PromptedModel, RowLosses
 from mops_fl.payload import ClientInfo, encode_result, from_record, to_record
 from mops_fl.state_cache import StateCache
@@ -22,7 +23,7 @@ ADAPTER = AdapterConfig(
     method="mops", inject_layer=2, num_experts=3, prompts_per_expert=2, gating="attention", pooling="question",
     prompt_init="random", gate_width=8,
 )  # fmt: skip
-TRAIN = TrainConfig(lr=0.05, gate_lr_factor=1.0, batch_size=1, local_steps=3)
+TRAIN = TrainConfig(lr=0.05, gate_lr_factor=1.0, batch_size=1, local_steps=3, local_epochs=0)
 
 
 def encoded_row(row_id):
@@ -127,7 +128,7 @@ def test_order_of_rows_is_fixed_by_the_seed_alone():
 
 def test_metrics_are_sums_over_all_steps(model):
     # A rate so small that the adapter stays the same.
-    config = TrainConfig(lr=1e-12, gate_lr_factor=1.0, batch_size=3, local_steps=4)
+    config = TrainConfig(lr=1e-12, gate_lr_factor=1.0, batch_size=3, local_steps=4, local_epochs=0)
     clients = [client(0, 5), client(1, 2)]
     results = train_cohort(model, start("mops"), clients, config)
     for member, result in zip(clients, results, strict=True):
@@ -157,7 +158,7 @@ def test_clients_loss_is_the_mean_over_its_rows_of_the_mean_over_tokens():
 @pytest.mark.parametrize("method", METHODS)
 def test_one_client_federated_is_the_same_client_trained_centrally(model, method, monkeypatch):
     member, state = client(0, 4), start(method)
-    config = TrainConfig(lr=0.02, gate_lr_factor=1.0, batch_size=2, local_steps=5)
+    config = TrainConfig(lr=0.02, gate_lr_factor=1.0, batch_size=2, local_steps=5, local_epochs=0)
 
     # Centrally, with Adam written out (betas 0.9 and 0.999, epsilon 1e-8).
     adapter = Adapter([state])
@@ -188,3 +189,69 @@ def test_one_client_federated_is_the_same_client_trained_centrally(model, method
 
     for name, p in adapter.named_parameters():
         np.testing.assert_allclose(from_record(arrays)[name], p.detach()[0].numpy(), rtol=0, atol=1e-5, err_msg=name)
+
+
+def failing_above(limit, error):
+    """`PromptedModel.losses` that runs out of memory on more rows than `limit`."""
+    losses = PromptedModel.losses
+
+    def limited(self, adapter, rows):
+        if len(rows) > limit:
+            raise error
+        return losses(self, adapter, rows)
+
+    return limited
+
+
+OUT_OF_MEMORY = pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: 2 bytes."),
+    ],
+)
+
+
+@OUT_OF_MEMORY
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+def test_cohort_that_does_not_fit_is_trained_in_parts(model, monkeypatch, caplog, limit, error):
+    clients = [client(number, 3) for number in range(5)]
+    expected = train_cohort(model, start("mops"), clients, TRAIN)
+    monkeypatch.setattr(PromptedModel, "losses", failing_above(limit, error))
+    for result, whole in zip(train_cohort(model, start("mops"), clients, TRAIN), expected, strict=True):
+        for name, trained in whole.adapter.items():
+            np.testing.assert_allclose(result.adapter[name], trained, rtol=0, atol=1e-5, err_msg=name)
+        assert (result.num_steps, result.num_tokens) == (whole.num_steps, whole.num_tokens)
+    assert "5 clients do not fit into memory together" in caplog.messages[0]
+
+
+@OUT_OF_MEMORY
+def test_client_that_does_not_fit_alone_is_an_input_error(model, monkeypatch, error):
+    monkeypatch.setattr(PromptedModel, "losses", failing_above(0, error))
+    with pytest.raises(InputError, match="lower `batch-size` or `max-length`"):
+        train_cohort(model, start("mops"), [client(0, 3), client(1, 3)], TRAIN)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(model, monkeypatch):
+    monkeypatch.setattr(PromptedModel, "losses", failing_above(0, RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train_cohort(model, start("mops"), [client(0, 3), client(1, 3)], TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch_size", "expected"),
+    [(0, 1, [9, 9, 9, 9]), (1, 1, [2, 7, 1, 7]), (3, 1, [6, 9, 3, 9]), (1, 2, [1, 4, 1, 4])],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_client_stops_after_its_passes_and_trains_as_if_alone(model, method, epochs, batch_size, expected):
+    config = replace(TRAIN, local_steps=9, local_epochs=epochs, batch_size=batch_size)
+    clients = [client(number, num_rows) for number, num_rows in enumerate((2, 7, 1, 7))]
+    together = train_cohort(model, start(method), clients, config)
+    assert [result.num_steps for result in together] == expected
+    for member, result in zip(clients, together, strict=True):
+        (alone,) = train_cohort(model, start(method), [member], config)
+        for name, trained in alone.adapter.items():
+            np.testing.assert_allclose(result.adapter[name], trained, rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(result.gate_mass, alone.gate_mass, atol=1e-5)
+        assert result.num_tokens == alone.num_tokens
+        assert result.loss_sum == pytest.approx(alone.loss_sum, rel=1e-5)

@@ -3,26 +3,19 @@ import threading
 
 import numpy as np
 import pytest
-import torch
 
 from clients import trainer as module
 from clients.trainer import Trainer
 from mops_fl.errors import InputError
 from mops_fl.model import PromptedModel
-from mops_fl.payload import INPUT_PROMPTS, TrainRequest
+from mops_fl.payload import INPUT_PROMPTS, Cohort, TrainRequest
 
 COHORT = (0, 3, 7)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    """More only wait for each other on a model so small."""
-    monkeypatch.setattr(module, "_use_all_cores", lambda: torch.set_num_threads(1))
-
-
 def request(start, cohort=COHORT, server_round=1, input_prompts=None):
     prompts = start.frozen[INPUT_PROMPTS] if input_prompts is None else input_prompts
-    return TrainRequest(server_round, cohort, start.adapter, prompts)
+    return TrainRequest(server_round, Cohort(cohort, 0, 1), start.adapter, prompts)
 
 
 def bits(result):

@@ -115,6 +115,7 @@ def test_every_key_is_needed(run_config):
         ("evaluate-every", 0),
         ("eval-rows", -1),
         ("cache-megabytes", -1),
+        ("cache-file-megabytes", -1),
         ("num-clients", 0),
         ("seed", -1),
         ("skew", 0.5),

@@ -6,9 +6,8 @@ import signal
 
 import pytest
 import tomli_w
-import torch
 
-from clients import resident, trainer
+from clients import resident
 from experiments import federated_run, simulation
 from experiments.app_folder import AppFolder
 from experiments.run_folder import RunFolder
@@ -19,8 +18,7 @@ from strategies.fedprompt import FedPrompt
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch):
-    """One thread, no report; SIGINT's handler is put back."""
-    monkeypatch.setattr(trainer, "_use_all_cores", lambda: torch.set_num_threads(1))
+    """No report; SIGINT's handler is put back."""
     monkeypatch.setattr(federated_run, "write_report", lambda folder: folder.path / "report.html")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield

@@ -7,7 +7,6 @@ import signal
 
 import pytest
 import tomli_w
-import torch
 
 from clients import trainer
 from experiments import federated_run, simulation
@@ -19,8 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch):
-    """One thread, no report; signal handlers and log levels are put back."""
-    monkeypatch.setattr(trainer, "_use_all_cores", lambda: torch.set_num_threads(1))
+    """No report; signal handlers and log levels are put back."""
     monkeypatch.setattr(federated_run, "write_report", lambda folder: folder.path / "report.html")
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     loggers = {name: logging.getLogger(name).level for name in ("flwr", "mops_fl")}

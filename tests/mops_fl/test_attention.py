@@ -84,19 +84,36 @@ def test_row_in_a_pack_equals_the_row_alone():
         assert torch.equal(attend(*row, [length]), out)
 
 
-@pytest.mark.parametrize("window", [None, 2, 8, 9, 10])
+KERNELS = pytest.mark.parametrize("kernel", [_matmul_attention, _fused_attention])
+
+
+@KERNELS
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
 @pytest.mark.parametrize("num_groups", [4, 2, 1])
-def test_matmul_and_fused_kernels_agree(num_groups, window):
-    qkv = random_qkv(9, num_groups=num_groups)
-    matmul, fused = (kernel(*qkv, SCALING, window) for kernel in (_matmul_attention, _fused_attention))
-    torch.testing.assert_close(matmul, fused, **TOLERANCE)
+@pytest.mark.parametrize("lengths", [*LENGTHS, [9]])
+def test_both_kernels_are_the_written_out_attention(kernel, lengths, num_groups, window):
+    qkv = random_qkv(sum(lengths), num_groups=num_groups)
+    out = kernel(*qkv, lengths, SCALING, window).transpose(1, 2)
+    torch.testing.assert_close(out, written_out(*qkv, lengths, window), **TOLERANCE)
 
 
-@pytest.mark.parametrize("kernel", [_matmul_attention, _fused_attention])
-def test_both_kernels_are_the_written_out_attention(kernel):
-    qkv = random_qkv(9)
-    out = kernel(*qkv, SCALING, 4).transpose(1, 2)
-    torch.testing.assert_close(out, written_out(*qkv, [9], 4), **TOLERANCE)
+@KERNELS
+@pytest.mark.parametrize("window", [None, 3])
+def test_both_kernels_let_a_single_row_look_at_its_prefix(kernel, window):
+    query, key, value = random_qkv(9)
+    out = kernel(query[:, :, 5:], key, value, [4], SCALING, window).transpose(1, 2)
+    torch.testing.assert_close(out, written_out(query, key, value, [9], window)[:, 5:], **TOLERANCE)
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 9], [4, 4]])
+def test_both_kernels_have_the_same_gradient(lengths):
+    gradients = []
+    for kernel in (_matmul_attention, _fused_attention):
+        qkv = [tensor.requires_grad_() for tensor in random_qkv(sum(lengths))]
+        kernel(*qkv, lengths, SCALING, None).square().sum().backward()
+        gradients.append([tensor.grad for tensor in qkv])
+    for matmul, fused in zip(*gradients, strict=True):
+        torch.testing.assert_close(matmul, fused, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_reaches_the_gate_through_the_values():

@@ -60,7 +60,7 @@ def test_value_of_another_type_is_refused_by_name(key, value, type_name):
 
 
 def test_section_keys_are_kebab_case():
-    assert section_keys(Section, TrainConfig) == {*GOOD, "gate-lr-factor", "batch-size", "local-steps"}
+    assert section_keys(Section, TrainConfig) == {*GOOD, "gate-lr-factor", "batch-size", "local-steps", "local-epochs"}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,7 @@ def test_section_keys_are_kebab_case():
         (TrainConfig, "gate-lr-factor", math.nan),
         (TrainConfig, "batch-size", 0),
         (TrainConfig, "local-steps", 0),
+        (TrainConfig, "local-epochs", -1),
     ],
 )
 def test_value_out_of_range_is_refused_by_name(section, key, value, run_config):

@@ -8,6 +8,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from mops_fl.errors import InputError
 from mops_fl.payload import (
     ClientInfo,
+    Cohort,
     TrainResult,
     check_result,
     decode_info,
@@ -50,8 +51,8 @@ def assert_same_bits(actual, expected):
 
 def test_request_arrives_bit_for_bit():
     frozen = to_record({"input-prompts": INPUT_PROMPTS})
-    request = decode_request(through_the_wire(encode_request(to_record(ADAPTER), frozen, 3, (4, 9))))
-    assert (request.server_round, request.cohort) == (3, (4, 9))
+    request = decode_request(through_the_wire(encode_request(to_record(ADAPTER), frozen, 3, Cohort((4, 9), 1, 2))))
+    assert (request.server_round, request.cohort) == (3, Cohort((4, 9), 1, 2))
     assert_same_bits(request.adapter, ADAPTER)
     assert_same_bits({"p": request.input_prompts}, {"p": INPUT_PROMPTS})
 

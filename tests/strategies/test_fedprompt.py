@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flwr.app import Error, Message, MetricRecord, RecordDict
 
-from mops_fl.payload import TrainResult, decode_request
+from mops_fl.payload import Cohort, TrainResult, decode_request
 from strategies.fedprompt import FedPrompt, RoundError, sum_metrics
 
 START = {"prompts": np.zeros((1, 2), np.float32), "bias": np.zeros(1, np.float32)}  # 12 bytes
@@ -30,7 +30,7 @@ def values(arrays):
 def test_each_sampled_client_is_asked_once_with_its_cohort_and_the_global_adapter(ask):
     asked = ask(FedPrompt, START, num_clients=3, rounds_done=4)
     assert sorted(m.metadata.dst_node_id for m in asked.messages) == [90, 91, 92]
-    for client, cohort in ((0, (0, 1)), (1, (0, 1)), (2, (2,))):
+    for client, cohort in ((0, Cohort((0, 2), 0, 2)), (2, Cohort((0, 2), 0, 2)), (1, Cohort((1,), 1, 2))):
         message = asked.message_to(client)
         request = decode_request(message.content)
         assert message.metadata.message_type == "train"
@@ -40,6 +40,13 @@ def test_each_sampled_client_is_asked_once_with_its_cohort_and_the_global_adapte
             "bias": [0.0],
         }
         assert request.input_prompts.shape == (2, 3)
+
+
+def test_cohorts_are_asked_by_turns(ask):
+    asked = ask(FedPrompt, START, num_clients=5, cohort_size=2)  # (0, 3), (1, 4) and (2,)
+    assert [message.metadata.dst_node_id - 90 for message in asked.messages] == [0, 1, 2, 3, 4]
+    cohorts = [decode_request(message.content).cohort.members for message in asked.messages]
+    assert cohorts == [(0, 3), (1, 4), (2,), (0, 3), (1, 4)]
 
 
 def test_uniform_weighting_is_the_plain_mean(ask):

@@ -22,7 +22,7 @@ def rounds(clients, *, per_round=5, cohort_size=2, seed=0, count=20):
 
 
 def members(cohorts):
-    return [client for cohort in cohorts for client in cohort]
+    return [client for cohort in cohorts for client in cohort.members]
 
 
 def test_sample_depends_on_neither_node_ids_nor_their_order():
@@ -41,21 +41,30 @@ def test_sample_depends_on_seed_and_round_alone():
     assert sampler.cohorts(17) == first[16]
 
 
-@pytest.mark.parametrize("cohort_size", [1, 2, 5, 100])
+@pytest.mark.parametrize("cohort_size", [1, 2, 3, 5, 100])
 def test_cohorts_share_out_the_sample_and_are_never_too_large(cohort_size):
     whole = rounds(nodes(20), cohort_size=100)
     for cohorts, (sample,) in zip(rounds(nodes(20), cohort_size=cohort_size), whole, strict=True):
-        assert members(cohorts) == list(sample)
-        assert len(set(sample)) == 5
-        assert [len(cohort) for cohort in cohorts] == {1: [1] * 5, 2: [2, 2, 1], 5: [5], 100: [5]}[cohort_size]
+        assert sorted(members(cohorts)) == list(sample.members)
+        assert len(set(sample.members)) == 5
+        sizes = [len(cohort.members) for cohort in cohorts]
+        assert sizes == {1: [1] * 5, 2: [2, 2, 1], 3: [3, 2], 5: [5], 100: [5]}[cohort_size]
+        assert [(cohort.number, cohort.count) for cohort in cohorts] == [(i, len(sizes)) for i in range(len(sizes))]
 
 
 def test_cohort_never_mixes_trainers():
     clients = nodes(20, trainers=("gpu-0", "gpu-1", "gpu-2"))
     for cohorts, (sample,) in zip(rounds(clients, cohort_size=2), rounds(nodes(20), cohort_size=100), strict=True):
-        assert all(len({client % 3 for client in cohort}) == 1 for cohort in cohorts)
-        assert all(len(cohort) <= 2 for cohort in cohorts)
-        assert sorted(members(cohorts)) == list(sample)
+        trainers = [{client % 3 for client in cohort.members} for cohort in cohorts]
+        assert all(len(trainer) == 1 for trainer in trainers)
+        assert all(len(cohort.members) <= 2 for cohort in cohorts)
+        assert sorted(members(cohorts)) == list(sample.members)
+        # Numbers and counts are the trainer's own.
+        for one in trainers:
+            numbers = [cohort.number for cohort, trainer in zip(cohorts, trainers, strict=True) if trainer == one]
+            assert numbers == list(range(len(numbers)))
+            counts = {cohort.count for cohort, trainer in zip(cohorts, trainers, strict=True) if trainer == one}
+            assert counts == {len(numbers)}
 
 
 def test_clients_without_rows_are_never_sampled_and_the_others_equally_often():
@@ -71,6 +80,6 @@ def test_only_clients_with_rows_have_a_node():
 
 
 def test_more_clients_per_round_than_have_rows_are_refused():
-    assert members(rounds(nodes(6, empty=(0,)), count=1)[0]) == [1, 2, 3, 4, 5]
+    assert sorted(members(rounds(nodes(6, empty=(0,)), count=1)[0])) == [1, 2, 3, 4, 5]
     with pytest.raises(InputError, match="`clients-per-round` is 5, but only 4 of 6 clients have rows"):
         rounds(nodes(6, empty=(0, 3)))
