@@ -30,14 +30,14 @@ from benchmarks.harness import (
 )
 from clients.lanes import Lanes
 from clients.local_training import client_losses
-from mops_fl.adapter import Adapter, initial_state
+from mops_fl.adapter import PromptAdapter, initial_state
 from mops_fl.backbone import Backbone
 from mops_fl.config import AdapterConfig, BackboneConfig
 from mops_fl.model import PromptedModel
 from mops_fl.sources import resolve_backbone
 from mops_fl.state_cache import StateCache
 
-ADAPTER = AdapterConfig("mops", 10, 7, 10, "attention", "question", "random", 128)
+ADAPTER = AdapterConfig("mops", 10, 7, 10, "attention", "question", "random", 128, 8, 16.0)
 CAUSAL = peft.TaskType.CAUSAL_LM
 PEFT_CONFIGS = {
     "peft prompt tuning": lambda: peft.PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=NUM_PROMPTS),
@@ -101,7 +101,7 @@ def our_cases(lanes: Lanes) -> dict[str, Case]:
 def mops_step(model: PromptedModel, prompts: torch.Tensor, size: int, first_row: int = 0) -> Callable[[], object]:
     """One step of every client of a cohort."""
     state = initial_state(ADAPTER, prompts, torch.Generator().manual_seed(0))
-    adapter = Adapter([state] * size)
+    adapter = PromptAdapter([state] * size)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
     rows = [random_row(first_row + number) for number in range(size)]
 

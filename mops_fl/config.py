@@ -74,10 +74,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained: `num_experts` groups of soft prompts and the gate that weighs them.
+    """What is trained: `num_experts` groups of soft prompts and the gate that weighs them, or a baseline's arrays.
 
     Attributes:
-        method: name in `mops_fl.adapter.METHODS`.
+        method: name in `mops_fl.methods.METHODS`.
         inject_layer: layer `m` whose input gets the trained prompts (paper: 10 of 32).
         num_experts: `E` (paper: 7, one per task).
         prompts_per_expert: `P` (paper: 10).
@@ -86,6 +86,8 @@ class AdapterConfig:
         prompt_init: `random`, `vocabulary` (embeddings of sampled tokens) or `transformed` (the input prompts as
             they arrive at layer `m`).
         gate_width: hidden size of the gate.
+        lora_rank: `r` of LoRA's matrices.
+        lora_alpha: LoRA's change is scaled by this over the rank.
     """
 
     method: str
@@ -96,6 +98,8 @@ class AdapterConfig:
     pooling: str
     prompt_init: str
     gate_width: int
+    lora_rank: int
+    lora_alpha: float
 
     def __post_init__(self) -> None:
         require_choice("gating", self.gating, ("attention", "embedding"))
@@ -105,6 +109,8 @@ class AdapterConfig:
         require_at_least("num-experts", self.num_experts, 1)
         require_at_least("prompts-per-expert", self.prompts_per_expert, 1)
         require_at_least("gate-width", self.gate_width, 1)
+        require_at_least("lora-rank", self.lora_rank, 1)
+        require_positive("lora-alpha", self.lora_alpha)
 
     @property
     def num_prompts(self) -> int:

@@ -94,7 +94,7 @@ def test_relative_paths_are_made_absolute_before_anything_runs_elsewhere(
     ("changes", "complaint"),
     [
         ({"learning_rate": 0.1}, "learning-rate"),
-        ({"method": "lora"}, "`method` is 'lora'; choose one of: mops, fedprompt."),
+        ({"method": "adalora"}, "`method` is 'adalora'; choose one of: mops, fedprompt, lora, ia3."),
         ({"gating": "softmax"}, "`gating` is 'softmax'; choose one of: attention, embedding."),
         ({"partitioner": "zipf"}, "Unknown partitioner 'zipf'"),
         ({"dataset": "alpaca"}, "`dataset` is 'alpaca'; choose one of: dolly."),
