@@ -146,6 +146,8 @@ def test_tasks_of_dolly_can_be_chosen_too(data_config):
     assert data.tasks == ("open_qa", "creative_writing")
     assert set(counts([*data.train, *data.test, *data.server])) == {"open_qa", "creative_writing"}
     assert data.description.endswith(", 2 tasks (open_qa, creative_writing)")
+    halves = load_task_data(data_config(tasks="open_qa, *writing", num_rows=120, server_rows=120))
+    assert len(halves.server) == 60, "120 rows of the two tasks for 240, whatever the other five have"
     with pytest.raises(InputError, match=f"no such task in Dolly: {', '.join(DOLLY_TASKS)}"):
         load_task_data(data_config(tasks="general_qa"))
 
