@@ -11,6 +11,8 @@ from typing import TypeVar, get_type_hints
 
 from mops_fl.errors import InputError
 
+DATASETS = ("dolly", "super-ni")
+
 Scalar = bool | int | float | str
 Section = TypeVar("Section")
 
@@ -42,8 +44,11 @@ class DataConfig:
     """The rows, their split and how they become tokens.
 
     Attributes:
-        dataset: `dolly`.
-        data_path: local `.jsonl` or `.jsonl.gz`; empty: `MOPS_DOLLY`, the fetched copy, or the bundled sample.
+        dataset: `dolly`, or `super-ni`: task files in the schema of Super-Natural Instructions.
+        data_path: dolly: `.jsonl` or `.jsonl.gz`; empty: `MOPS_DOLLY`, the fetched copy, or the bundled sample.
+            super-ni: a checkout or a folder of task files; empty: `MOPS_SUPER_NI` or the fetched copy.
+        tasks: comma-separated names or patterns of the tasks used, see `mops_fl.task_choice`; empty: the paper's
+            seven, and of task files that are others, all.
         data_seed: seed of the draw and of the split, kept apart from `seed` so that runs of several seeds are
             measured on the same test rows.
         num_rows: rows of the protocol, train and test together (paper: 5,000).
@@ -55,6 +60,7 @@ class DataConfig:
 
     dataset: str
     data_path: str
+    tasks: str
     data_seed: int
     num_rows: int
     test_fraction: float
@@ -63,7 +69,7 @@ class DataConfig:
     loss_on: str
 
     def __post_init__(self) -> None:
-        require_choice("dataset", self.dataset, ("dolly",))
+        require_choice("dataset", self.dataset, DATASETS)
         require_choice("loss-on", self.loss_on, ("response", "all"))
         require_at_least("num-rows", self.num_rows, 2)
         require_at_least("server-rows", self.server_rows, 0)
