@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-import torch
 
-from clients import trainer
 from experiments import simulation
 from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
@@ -57,7 +55,6 @@ def folder(tmp_path):
 @pytest.fixture
 def command(run_config, tmp_path, monkeypatch, capsys):
     """``command("--data", folder, tasks="a,b")``: exit code and what a tiny run into ``tmp_path / "run"`` prints."""
-    monkeypatch.setattr(trainer, "_use_all_cores", lambda: torch.set_num_threads(1))
     monkeypatch.setattr(simulation, "_raise_on_signals", lambda: None)
 
     def call(*arguments, **changes):

@@ -3,7 +3,7 @@ import pytest
 
 from mops_fl.methods import METHODS
 from mops_fl.payload import TrainResult
-from strategies.fedprompt import FedPrompt, RoundError
+from strategies.fedprompt import RoundError
 from strategies.mops import MoPs
 from strategies.registry import STRATEGIES
 
