@@ -57,7 +57,9 @@ def train_cohort(
         InputError: not even one client fits into memory.
     """
     try:
-        return _train_together(model, state, clients, config)
+        training = Training(model, state, clients, config)
+        training.advance(config.local_steps)
+        return training.results()
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
@@ -74,45 +76,74 @@ def train_cohort(
     return [result for part in parts for result in train_cohort(model, state, part, config)]
 
 
-def _train_together(
-    model: AdaptableModel, state: AdapterState, clients: Sequence[ClientRows], config: TrainConfig
-) -> list[TrainResult]:
-    started = time.monotonic()
-    # Who stops first stands last, so that those still training are always the first ones.
-    order = sorted(range(len(clients)), key=lambda j: -config.num_steps(len(clients[j].rows)))
-    num_steps = [config.num_steps(len(clients[j].rows)) for j in order]
-    batches = [draw_rows(clients[j], config.batch_size) for j in order]
-    adapter: Adapter = model.adapter([state] * len(clients))
-    optimizer: torch.optim.Optimizer = torch.optim.Adam(parameter_groups(adapter, config))
-    states: list[AdapterState] = []
-    tallies: list[list[Tensor]] = [[] for _ in order]
-    for step in range(num_steps[0]):
-        active = sum(steps > step for steps in num_steps)
-        if active < adapter.num_adapters:
-            states = adapter.states()[active:] + states
-            adapter, optimizer = _first(active, model, adapter, optimizer, config)
-        losses = model.losses(adapter, [row for rows in batches[:active] for row in next(rows)])
-        optimizer.zero_grad()
-        client_losses(losses, active).sum().backward()
-        optimizer.step()
-        for tally, of_step in zip(tallies, _tally(losses, active), strict=False):
-            tally.append(of_step)
-    states = adapter.states() + states
-    totals = [torch.stack(tally).sum(0).tolist() for tally in tallies]
-    seconds = (time.monotonic() - started) / len(clients)
-    results = {
-        j: TrainResult(
-            adapter={name: trained[name].numpy() for name in state},
-            num_examples=len(clients[j].rows),
-            num_steps=steps,
-            num_tokens=round(num_tokens),
-            loss_sum=loss_sum,
-            seconds=seconds,
-            gate_mass=tuple(gate_mass),
-        )
-        for j, trained, steps, (loss_sum, num_tokens, *gate_mass) in zip(order, states, num_steps, totals, strict=True)
-    }
-    return [results[j] for j in range(len(clients))]
+class Training:
+    """The clients of a cohort in training, all from the same adapter; can be stopped and looked at between steps."""
+
+    def __init__(
+        self, model: AdaptableModel, state: AdapterState, clients: Sequence[ClientRows], config: TrainConfig
+    ) -> None:
+        """Nothing is trained yet; arguments as for `train_cohort`."""
+        # Who stops first stands last, so that those still training are always the first ones.
+        self._order = sorted(range(len(clients)), key=lambda j: -config.num_steps(len(clients[j].rows)))
+        self._clients = [clients[j] for j in self._order]
+        self._last_steps = [config.num_steps(len(client.rows)) for client in self._clients]
+        self._batches = [draw_rows(client, config.batch_size) for client in self._clients]
+        self._model = model
+        self._names = list(state)  # a reply has the order of the request
+        self._config = config
+        self._adapter: Adapter = model.adapter([state] * len(clients))
+        self._optimizer: torch.optim.Optimizer = torch.optim.Adam(parameter_groups(self._adapter, config))
+        self._finished: list[AdapterState] = []
+        self._tallies: list[list[Tensor]] = [[] for _ in clients]
+        self._steps_done = 0
+        self._seconds = 0.0
+
+    def advance(self, num_steps: int) -> None:
+        """So many more steps of each client, fewer of one whose last step comes earlier."""
+        began = time.monotonic()
+        steps = range(self._steps_done, min(self._steps_done + num_steps, self._last_steps[0]))
+        self._steps_done = steps.stop
+        for step in steps:
+            active = sum(last > step for last in self._last_steps)
+            if active < self._adapter.num_adapters:
+                self._drop_out(active)
+            losses = self._model.losses(self._adapter, [row for rows in self._batches[:active] for row in next(rows)])
+            self._optimizer.zero_grad()
+            client_losses(losses, active).sum().backward()
+            self._optimizer.step()
+            for tally, of_step in zip(self._tallies[:active], _tally(losses, active), strict=True):
+                tally.append(of_step)
+        self._seconds += time.monotonic() - began
+
+    def results(self) -> list[TrainResult]:
+        """One result per client, in the order they were given; sums are over its steps since the last call, at least one."""
+        states = self._adapter.states() + self._finished
+        results = {}
+        for j, client, state, tally in zip(self._order, self._clients, states, self._tallies, strict=True):
+            loss_sum, num_tokens, *gate_mass = torch.stack(tally).sum(0).tolist()
+            results[j] = TrainResult(
+                adapter={name: state[name].numpy() for name in self._names},
+                num_examples=len(client.rows),
+                num_steps=len(tally),
+                num_tokens=round(num_tokens),
+                loss_sum=loss_sum,
+                seconds=self._seconds / len(self._clients),
+                gate_mass=tuple(gate_mass),
+            )
+        self._tallies = [[] for _ in self._clients]
+        self._seconds = 0.0
+        return [results[j] for j in range(len(results))]
+
+    def _drop_out(self, active: int) -> None:
+        """Go on with the first `active` clients, each where its optimiser is."""
+        states = self._adapter.states()
+        kept: Adapter = self._model.adapter(states[:active])
+        optimizer = torch.optim.Adam(parameter_groups(kept, self._config))
+        for old, new in zip(self._adapter.parameters(), kept.parameters(), strict=True):
+            moments = self._optimizer.state[old]
+            optimizer.state[new] = {name: value[:active] if value.dim() else value for name, value in moments.items()}
+        self._finished = states[active:] + self._finished
+        self._adapter, self._optimizer = kept, optimizer
 
 
 def parameter_groups(adapter: Adapter, config: TrainConfig) -> list[dict[str, Any]]:
@@ -139,18 +170,6 @@ def draw_rows(client: ClientRows, batch_size: int) -> Iterator[list[EncodedRow]]
             waiting += rng.permutation(len(client.rows)).tolist()
         yield [client.rows[index] for index in waiting[:batch_size]]
         waiting = waiting[batch_size:]
-
-
-def _first(
-    active: int, model: AdaptableModel, adapter: Adapter, optimizer: torch.optim.Optimizer, config: TrainConfig
-) -> tuple[Adapter, torch.optim.Optimizer]:
-    """The first `active` adapters, and an optimiser that goes on with them where the given one is."""
-    kept: Adapter = model.adapter(adapter.states()[:active])
-    continued = torch.optim.Adam(parameter_groups(kept, config))
-    for old, new in zip(adapter.parameters(), kept.parameters(), strict=True):
-        moments = optimizer.state[old]
-        continued.state[new] = {name: value[:active] if value.dim() else value for name, value in moments.items()}
-    return kept, continued
 
 
 @torch.no_grad()

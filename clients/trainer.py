@@ -11,7 +11,7 @@ import resource
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 from uuid import uuid4
@@ -20,7 +20,7 @@ import torch
 
 from clients.config import ClientConfig
 from clients.lanes import Lanes
-from clients.local_training import ClientRows, train_cohort
+from clients.local_training import ClientRows, Training, train_cohort
 from mops_fl.adapter import AdapterState
 from mops_fl.backbone import Backbone
 from mops_fl.config import Scalar
@@ -155,6 +155,15 @@ class Trainer:
         if partition_id not in results:
             raise InputError(f"Client {partition_id} has no rows to train on; ask another one.")
         return results[partition_id]
+
+    def train_centrally(self, adapter: Arrays, frozen: Arrays, num_steps: int) -> Training:
+        """All training rows in the hands of a single learner, ready to take so many steps in the calling thread."""
+        with self._lock:
+            model, rows = self._adaptable_model(frozen), self._encode(self._data.train)
+        self._lanes.take_share(1)
+        config = replace(self._config.train, local_steps=num_steps, local_epochs=0)
+        learner = ClientRows(rows, seed=(self._config.partition.seed,))
+        return Training(model, _tensors(adapter), [learner], config)
 
     def peak_memory_bytes(self) -> int:
         """Most memory this process has held: on the GPU if there is one, else resident."""

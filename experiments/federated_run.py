@@ -1,27 +1,16 @@
-"""One federated run on the server: start, rounds, measurements, checkpoints, and the folder they leave."""
+"""A federated run on the server: the strategy trains the rounds over a Grid."""
 
-import time
 from collections.abc import Mapping
-from dataclasses import asdict
-from datetime import UTC, datetime
-from pathlib import Path
 
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
-from rich.console import Console
 
 from clients.trainer import Setting, Trainer
-from experiments.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
+from experiments.checkpoint import Checkpoint
 from experiments.config import ExperimentConfig
-from experiments.display import Display
-from experiments.report import print_perplexity_table, write_report
-from experiments.run_folder import PARTITION, RunFolder
-from mops_fl.adapter_folder import save_adapter
+from experiments.run import Run
 from mops_fl.config import Scalar
-from mops_fl.evaluation import Evaluation
-from mops_fl.methods import METHODS
-from mops_fl.payload import Arrays, from_record, to_record
-from strategies.fedprompt import RoundReport
+from mops_fl.payload import from_record, to_record
 from strategies.registry import STRATEGIES
 from strategies.sampling import ClientSampler
 
@@ -29,193 +18,48 @@ from strategies.sampling import ClientSampler
 ROUND_TIMEOUT_SECONDS = 6 * 3600.0
 
 
-class FederatedRun:
-    """Owns the run folder and the progress; the strategy calls back after every round."""
+class FederatedRun(Run):
+    """The strategy calls back after every round."""
+
+    training = "federated"
 
     def __init__(
-        self, config: ExperimentConfig, run_config: Mapping[str, Scalar], trainer: Trainer, setting: Setting
+        self,
+        config: ExperimentConfig,
+        run_config: Mapping[str, Scalar],
+        trainer: Trainer,
+        setting: Setting,
+        grid: Grid,
+        sampler: ClientSampler,
     ) -> None:
-        """Make the run folder, or open it and load its newest checkpoint to go on from.
+        """Take what a `Run` needs, the nodes, and who is sampled among them.
 
         Raises:
-            InputError: the folder cannot be used.
+            InputError: the run folder cannot be used.
         """
-        self._config = config
-        self._trainer = trainer
-        self._setting = setting
-        path = Path(config.federation.output_dir or default_output_dir(run_config)).absolute()
-        self._checkpoint: Checkpoint | None = None
-        if config.federation.resume:
-            self._folder = RunFolder.open(path)
-            self._checkpoint = load_checkpoint(path)
-        else:
-            self._folder = RunFolder.create(path, {**run_config, "output-dir": str(path)})
-            self._folder.write_json(PARTITION, setting.manifest)
-        self._progress = self._checkpoint.progress if self._checkpoint else Progress()
-        self._began = time.monotonic() - self._progress.elapsed_seconds
-        self._round_began = self._began
-        self._console = Console(soft_wrap=True)
-        self._display = Display(self._console, config.federation.num_server_rounds, self._progress.rounds_done)
+        super().__init__(config, run_config, trainer, setting)
+        self._grid = grid
+        self._sampler = sampler
 
-    def train(self, grid: Grid, sampler: ClientSampler) -> None:
-        """Run the rounds that are still to be done, then write adapter, summary and report.
-
-        Raises:
-            RoundError: a round had no usable reply.
-        """
-        federation, progress = self._config.federation, self._progress
-        with self._display:
-            self._display.say(f"run folder: {self._folder.path}")
-            self._display.setting(self._setting)
-            checkpoint = self._checkpoint = self._checkpoint or self._prepare()
-            strategy = STRATEGIES[self._config.client.adapter.method](
-                sampler,
-                weighting=federation.weighting,
-                frozen=to_record(checkpoint.frozen),
-                rounds_done=progress.rounds_done,
-                on_round=self._after_training,
-            )
-            self._round_began = time.monotonic()
-            self._display.begin_rounds()
-            strategy.start(
-                grid=grid,
-                initial_arrays=to_record(checkpoint.adapter),
-                num_rounds=federation.num_server_rounds - progress.rounds_done,
-                timeout=ROUND_TIMEOUT_SECONDS,
-                evaluate_fn=lambda server_round, now: self._after_round(server_round, now, checkpoint.frozen),
-            )
-        self._finish(self._checkpoint)
-
-    def _prepare(self) -> Checkpoint:
-        """Measure the bare model, pretrain on the server's rows, measure again; this is round 0."""
-        progress = self._progress
-        bare = self._trainer.evaluate_bare()
-        progress.perplexity_bare = bare.perplexity()
-        self._log_evaluation(bare, "perplexity-bare")
-        self._display.say(f"test perplexity of the model without prompts: {progress.perplexity_bare['all']:.3f}")
-        start = self._trainer.prepare()
-        if start.gate_accuracy is not None:
-            self._log("server", "gate-accuracy", start.gate_accuracy)
-            self._display.say(f"gate pretrained: right on {start.gate_accuracy:.0%} of the server's rows")
-        before = self._trainer.evaluate(start.adapter, start.frozen)
-        progress.perplexity_before = progress.perplexity = before.perplexity()
-        self._log_evaluation(before, "perplexity")
-        self._display.evaluation(0, progress.perplexity)
-        return self._save(start.adapter, start.frozen)
-
-    def _after_training(self, report: RoundReport) -> None:
-        progress = self._progress
-        totals = report.totals
-        seconds = time.monotonic() - self._round_began
-        progress.rounds_done = report.server_round
-        progress.client_steps += totals["num-steps"]
-        progress.num_tokens += totals["num-tokens"]
-        progress.train_seconds += seconds
-        progress.bytes_up += report.bytes_up
-        progress.bytes_down += report.bytes_down
-        progress.failures += len(report.failures)
-        self._log("train", "loss", totals["loss-sum"] / totals["num-tokens"])
-        self._log("train", "tokens-per-second", totals["num-tokens"] / seconds)
-        self._log("train", "failures", len(report.failures))
-        for expert, mass in enumerate(totals["gate-mass"]):
-            self._log("train", f"gate-mass-expert-{expert}", mass)
-        self._display.round(report, progress.client_steps, seconds)
-
-    def _after_round(self, server_round: int, arrays: ArrayRecord, frozen: Arrays) -> None:
-        """Flower calls this with round 0 before the first round; that state is measured and saved already."""
-        if server_round == 0:
-            return
-        federation, progress = self._config.federation, self._progress
-        adapter = from_record(arrays)
-        is_last = progress.rounds_done == federation.num_server_rounds
-        if is_last or progress.rounds_done % federation.evaluate_every == 0:
-            evaluation = self._trainer.evaluate(adapter, frozen)
-            progress.perplexity = evaluation.perplexity()
-            self._log_evaluation(evaluation, "perplexity")
-            self._display.evaluation(progress.rounds_done, progress.perplexity)
-        self._save(adapter, frozen)
-        self._round_began = time.monotonic()
-
-    def _save(self, adapter: Arrays, frozen: Arrays) -> Checkpoint:
-        self._progress.elapsed_seconds = time.monotonic() - self._began
-        checkpoint = self._checkpoint = Checkpoint(adapter, frozen, self._progress)
-        save_checkpoint(self._folder.path, checkpoint)
-        self._write_summary("running", checkpoint)
-        return checkpoint
-
-    def _finish(self, checkpoint: Checkpoint) -> None:
-        client = self._config.client
-        description = asdict(client.adapter) | asdict(client.backbone) | {"tasks": list(self._setting.tasks)}
-        save_adapter(self._folder.path / "adapter", {**checkpoint.adapter, **checkpoint.frozen}, description)
-        self._write_summary("complete", checkpoint)
-        report = write_report(self._folder)
-        print_perplexity_table(self._folder.results(), self._console)
-        self._display.say(f"report: {report}")
-
-    def _log_evaluation(self, evaluation: Evaluation, metric: str) -> None:
-        for task, value in evaluation.perplexity().items():
-            self._log("test", metric, value, task)
-        for task, scores in zip(evaluation.tasks, evaluation.gate or (), strict=bool(evaluation.gate)):
-            for expert, score in enumerate(scores):
-                self._log("test", f"gate-expert-{expert}", score, task)
-
-    def _log(self, split: str, metric: str, value: float, task: str = "all") -> None:
-        self._folder.log(
-            round=self._progress.rounds_done,
-            client_steps=self._progress.client_steps,
-            split=split,
-            task=task,
-            metric=metric,
-            value=value,
-            seconds=time.monotonic() - self._began,
+    def _train(self, checkpoint: Checkpoint) -> None:
+        federation, rounds_done = self._config.federation, self._progress.rounds_done
+        strategy = STRATEGIES[self._config.client.adapter.method](
+            self._sampler,
+            weighting=federation.weighting,
+            frozen=to_record(checkpoint.frozen),
+            rounds_done=rounds_done,
+            on_round=self._after_training,
         )
 
-    def _write_summary(self, status: str, checkpoint: Checkpoint) -> None:
-        """The run's result so far; rewritten after every round, so that a run that is cut off leaves a valid one."""
-        client, progress = self._config.client, self._progress
-        self._folder.write_summary(
-            {
-                "status": status,
-                "method": client.adapter.method,
-                "backbone": client.backbone.backbone,
-                "compression": client.backbone.compression,
-                "quantization": client.backbone.quantization,
-                "dataset": client.data.dataset,
-                "data_description": self._setting.data_description,
-                "data_is_sample": self._setting.data_is_sample,
-                "truncated_rows": self._setting.rows["truncated"],
-                "seed": client.partition.seed,
-                "rounds": progress.rounds_done,
-                "client_steps": progress.client_steps,
-                "num_clients": client.partition.num_clients,
-                "clients_per_round": self._config.federation.clients_per_round,
-                "trainable_parameters": sum(array.size for array in checkpoint.adapter.values()),
-                **self._experts(),
-                "perplexity": progress.perplexity,
-                "perplexity_before": progress.perplexity_before,
-                "perplexity_bare": progress.perplexity_bare,
-                "train_seconds": progress.train_seconds,
-                "elapsed_seconds": progress.elapsed_seconds,
-                "tokens_per_second": progress.num_tokens / progress.train_seconds if progress.train_seconds else 0.0,
-                "peak_memory_bytes": self._trainer.peak_memory_bytes(),
-                "bytes_up": progress.bytes_up,
-                "bytes_down": progress.bytes_down,
-                "failures": progress.failures,
-                "device": self._setting.device,
-                "dtype": self._setting.dtype,
-            }
+        def evaluate(server_round: int, arrays: ArrayRecord) -> None:
+            # Flower calls this with round 0 before the first round; that state is measured and saved already.
+            if server_round:
+                self._after_round(from_record(arrays), checkpoint.frozen)
+
+        strategy.start(
+            grid=self._grid,
+            initial_arrays=to_record(checkpoint.adapter),
+            num_rounds=federation.num_server_rounds - rounds_done,
+            timeout=ROUND_TIMEOUT_SECONDS,
+            evaluate_fn=evaluate,
         )
-
-    def _experts(self) -> dict[str, list[list[str]]]:
-        """The tasks each expert was pretrained for; empty where no gate was."""
-        adapter = self._config.client.adapter
-        if not METHODS[adapter.method].gated or not self._config.client.pretrain.gate_epochs:
-            return {}
-        tasks, num_experts = self._setting.tasks, adapter.num_experts
-        return {"experts": [list(tasks[expert::num_experts]) for expert in range(num_experts)]}
-
-
-def default_output_dir(run_config: Mapping[str, Scalar]) -> str:
-    """`runs/<dataset>-<method>-<UTC time>`."""
-    now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"runs/{run_config['dataset']}-{run_config['method']}-{now}"

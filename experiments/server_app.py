@@ -31,4 +31,4 @@ def main(grid: Grid, context: Context) -> None:
         cohort_size=config.federation.cohort_size,
         seed=config.client.partition.seed,
     )
-    FederatedRun(config, context.run_config, trainer, setting).train(grid, sampler)
+    FederatedRun(config, context.run_config, trainer, setting, grid, sampler).run()

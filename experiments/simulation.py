@@ -29,26 +29,43 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "ClientAppActor.terminate")
 from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
 from experiments.display import own_traceback
-from experiments.federated_run import default_output_dir
+from experiments.run import default_output_dir
 from experiments.run_folder import RunFolder, require_empty
-from experiments.runtimes import run_inline, run_on_ray
+from experiments.runtimes import Backend, run_inline, run_on_ray
 from mops_fl.config import Scalar
 from mops_fl.errors import InputError
 from mops_fl.sources import resolve_backbone, resolve_data
 from strategies.fedprompt import RoundError
 
-_BACKENDS = {"ray": run_on_ray, "inline": run_inline}
+_BACKENDS: dict[str, Backend] = {"ray": run_on_ray, "inline": run_inline}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command and end the process; threads of Flower's that still wait for replies must not keep it."""
-    code = _run(_parser().parse_args(argv))
+    code = run(argv)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _run(args: argparse.Namespace) -> int:
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    return run_app("flower-simulation", args, _BACKENDS[args.backend], resumable=True)
+
+
+def run_app(program: str, args: argparse.Namespace, backend: Backend, *, resumable: bool) -> int:
+    """Run an app, and say in one sentence on the standard error how it ended if not well.
+
+    Args:
+        program: the command, as it should call itself.
+        args: `app`, `data`, `num_supernodes`, `run_config` and `resume`, as this command's options.
+        backend: what carries the run out.
+        resumable: whether an interrupted run can be gone on with.
+
+    Returns:
+        The exit code.
+    """
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the run prints its own progress and failures
     logging.getLogger("mops_fl").setLevel(logging.INFO)
     run_config: dict[str, Scalar] = {}
@@ -56,18 +73,18 @@ def _run(args: argparse.Namespace) -> int:
     try:
         app = AppFolder.find(args.app)
         run_config = _resolve_config(app, args)
-        _BACKENDS[args.backend](app, run_config, catch_signals=_raise_on_signals)
+        backend(app, run_config, catch_signals=_raise_on_signals)
     except InputError as error:
         code, status, message = 2, "failed", str(error)
     except RoundError as error:
         code, status, message = 1, "failed", own_traceback(str(error))
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        code, status, message = 128 + number, "interrupted", "interrupted; go on with --resume"
+        code, status, message = 128 + number, "interrupted", "interrupted" + "; go on with --resume" * resumable
     except Exception:  # the last line of defence: show it, mark the run, exit with 1
         code, status, message = 1, "failed", traceback.format_exc()
     if message:
-        print(f"flower-simulation: {message}", file=sys.stderr)
+        print(f"{program}: {message}", file=sys.stderr)
         _mark(run_config, status)
     return code
 
@@ -103,7 +120,10 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scala
 def _resumed_config(folder: Path, app_config: dict[str, Scalar], overrides: Sequence[object]) -> dict[str, Scalar]:
     if overrides:
         raise InputError("--resume goes on with the run's own configuration; leave all other options away.")
-    run_config = {**app_config, **RunFolder.open(folder).config}
+    interrupted = RunFolder.open(folder)
+    if (interrupted.summary or {}).get("training") == "central":
+        raise InputError(f"{folder} is a central run, whose optimiser was not kept; train it anew.")
+    run_config = {**app_config, **interrupted.config}
     return {**run_config, "output-dir": str(folder.absolute()), "resume": True}
 
 

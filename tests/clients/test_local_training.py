@@ -8,7 +8,7 @@ import torch
 from flwr.app import ConfigRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients.local_training import ClientRows, client_losses, draw_rows, train_cohort
+from clients.local_training import ClientRows, Training, client_losses, draw_rows, train_cohort
 from mops_fl.adapter import GATED, initial_state
 from mops_fl.config import AdapterConfig, TrainConfig
 from mops_fl.encoding import EncodedRow
@@ -278,3 +278,22 @@ def test_client_stops_after_its_passes_and_trains_as_if_alone(build, method, epo
         np.testing.assert_allclose(result.gate_mass, alone.gate_mass, atol=1e-5)
         assert result.num_tokens == alone.num_tokens
         assert result.loss_sum == pytest.approx(alone.loss_sum, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_that_was_looked_at_goes_on_as_if_it_had_not_been(build, method):
+    (model, state), config = build(method), replace(TRAIN, local_steps=5)
+    clients = [client(0, 9), client(1, 2)]
+    at_once = train_cohort(model, state, clients, config)
+    training = Training(model, state, clients, config)
+    parts = []
+    for num_steps in (1, 3, 1):
+        training.advance(num_steps)
+        parts.append(training.results())
+    for j, result in enumerate(at_once):
+        last = parts[-1][j]
+        assert all((last.adapter[name] == array).all() for name, array in result.adapter.items())
+        assert sum(part[j].num_steps for part in parts) == result.num_steps == 5
+        assert sum(part[j].num_tokens for part in parts) == result.num_tokens
+        assert sum(part[j].loss_sum for part in parts) == pytest.approx(result.loss_sum, rel=1e-12)
+    assert not all((parts[0][0].adapter[name] == array).all() for name, array in at_once[0].adapter.items())

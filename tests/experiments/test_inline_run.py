@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clients import client_app
-from experiments import federated_run
+from experiments import run as run_module
 from experiments.app_folder import AppFolder
 from experiments.run_folder import RunFolder, series
 from experiments.runtimes import run_inline
@@ -48,7 +48,7 @@ def complete(run_config, tmp_path_factory):
 
 @pytest.fixture
 def quick_report(monkeypatch):
-    monkeypatch.setattr(federated_run, "write_report", lambda folder: folder.path / "report.html")
+    monkeypatch.setattr(run_module, "write_report", lambda folder: folder.path / "report.html")
 
 
 def test_summary_keeps_the_contract(complete):
@@ -102,7 +102,7 @@ def test_adapter_can_be_loaded_and_is_what_the_last_checkpoint_holds(complete):
     assert {name: array.shape for name, array in arrays.items()} == {**PROMPTS, **GATE}
     assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in arrays.values())
     assert (config["method"], config["inject_layer"], config["tasks"]) == ("mops", 2, list(DOLLY_TASKS))
-    checkpoint = federated_run.load_checkpoint(complete.path)
+    checkpoint = run_module.load_checkpoint(complete.path)
     for name, array in {**checkpoint.adapter, **checkpoint.frozen}.items():
         assert array.tobytes() == arrays[name].tobytes()
     assert checkpoint.progress.rounds_done == 2

@@ -8,7 +8,8 @@ import pytest
 import tomli_w
 
 from clients import resident
-from experiments import federated_run, simulation
+from experiments import run as run_module
+from experiments import simulation
 from experiments.app_folder import AppFolder
 from experiments.run_folder import RunFolder
 from experiments.runtimes import run_inline
@@ -19,7 +20,7 @@ from strategies.fedprompt import FedPrompt
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch):
     """No report; SIGINT's handler is put back."""
-    monkeypatch.setattr(federated_run, "write_report", lambda folder: folder.path / "report.html")
+    monkeypatch.setattr(run_module, "write_report", lambda folder: folder.path / "report.html")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
@@ -85,7 +86,7 @@ def test_interrupted_command_goes_on_with_resume(run, run_config, tmp_path, monk
     def command(*arguments):
         resident._local_trainer.cache_clear()
         every = ["--app", "experiments.dolly", "--backend", "inline", *arguments]
-        return simulation._run(simulation._parser().parse_args(every))
+        return simulation.run(every)
 
     aggregate = FedPrompt.aggregate_train
 

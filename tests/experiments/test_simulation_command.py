@@ -9,7 +9,8 @@ import pytest
 import tomli_w
 
 from clients import trainer
-from experiments import federated_run, simulation
+from experiments import run as run_module
+from experiments import simulation
 from experiments.run_folder import RunFolder
 from strategies.fedprompt import FedPrompt
 
@@ -19,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch):
     """No report; signal handlers and log levels are put back."""
-    monkeypatch.setattr(federated_run, "write_report", lambda folder: folder.path / "report.html")
+    monkeypatch.setattr(run_module, "write_report", lambda folder: folder.path / "report.html")
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     loggers = {name: logging.getLogger(name).level for name in ("flwr", "mops_fl")}
     yield
@@ -42,7 +43,7 @@ def command(run_config, tmp_path, capsys):
             (tmp_path / "values.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
             tiny = ["--run-config", str(tmp_path / "values.toml")]
         every = ["--app", app, "--backend", "inline", *tiny, *arguments]
-        code = simulation._run(simulation._parser().parse_args(every))
+        code = simulation.run(every)
         return code, capsys.readouterr().err
 
     return call

@@ -62,7 +62,7 @@ def command(run_config, tmp_path, monkeypatch, capsys):
         values = run_config({**sizes, "output-dir": str(tmp_path / "run"), "num-server-rounds": 1, **changes})
         (tmp_path / "values.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
         every = ["--app", "experiments.super_ni", "--backend", "inline", "-c", str(tmp_path / "values.toml")]
-        code = simulation._run(simulation._parser().parse_args([*every, *map(str, arguments)]))
+        code = simulation.run([*every, *map(str, arguments)])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 

@@ -1,0 +1,42 @@
+"""Central training: the same data, start, measurements and run folder as a federation, in one process, never averaged.
+
+What a round is to a federation's clients, a segment is here: as many steps as all clients of a round take together. So
+runs of both kinds can be laid over each other step by step.
+"""
+
+from collections.abc import Callable, Mapping
+
+from clients.resident import connect
+from experiments.app_folder import AppFolder
+from experiments.checkpoint import Checkpoint
+from experiments.config import ExperimentConfig
+from experiments.run import Run
+from mops_fl.config import Scalar
+from mops_fl.payload import METRICS, encode_result
+from strategies.fedprompt import RoundReport
+
+
+class CentralRun(Run):
+    """One learner on all training rows, whose optimiser is never started anew."""
+
+    training = "central"
+
+    def _train(self, checkpoint: Checkpoint) -> None:
+        federation = self._config.federation
+        segment = federation.clients_per_round * self._config.client.train.local_steps
+        num_steps = segment * federation.num_server_rounds
+        training = self._trainer.train_centrally(checkpoint.adapter, checkpoint.frozen, num_steps)
+        for number in range(1, federation.num_server_rounds + 1):
+            training.advance(segment)
+            (result,) = training.results()
+            totals = dict(encode_result(result).metric_records[METRICS])
+            self._after_training(RoundReport(number, totals, failures=(), bytes_down=0, bytes_up=0))
+            self._after_round(result.adapter, checkpoint.frozen)
+
+
+def run_centrally(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signals: Callable[[], None]) -> None:
+    """Train centrally what the app would train in a federation; a `experiments.runtimes.Backend`."""
+    config = ExperimentConfig.from_run_config(run_config)
+    catch_signals()
+    trainer = connect(run_config)
+    CentralRun(config, run_config, trainer, trainer.setting()).run()
