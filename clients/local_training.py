@@ -116,7 +116,7 @@ class Training:
         self._seconds += time.monotonic() - began
 
     def results(self) -> list[TrainResult]:
-        """One result per client, in the order they were given; sums are over its steps since the last call, at least one."""
+        """One result per client, in the order they were given; sums are over the steps since the last call."""
         states = self._adapter.states() + self._finished
         results = {}
         for j, client, state, tally in zip(self._order, self._clients, states, self._tallies, strict=True):
