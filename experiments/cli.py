@@ -7,15 +7,17 @@ from collections.abc import Sequence
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before anything imports flwr, which reads it then
 
-from experiments import compare, fetch_command, report
+from experiments import compare, compress_command, fetch_command, report
 from mops_fl.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input ends it with one sentence and exit code 2."""
-    parser = argparse.ArgumentParser("mops-fl", description="Fetch model and data, report on runs, compare them.")
+    parser = argparse.ArgumentParser(
+        "mops-fl", description="Fetch model and data, prune the model, report on runs, compare."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (fetch_command, report, compare):
+    for command in (fetch_command, compress_command, report, compare):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:

