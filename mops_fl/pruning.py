@@ -46,9 +46,10 @@ def prune(
     linears = decoder_linears(model)
     _check_groups(linears, recipe)
     rows: Any = [{"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)} for token_ids in calibration]
-    modifier, oneshot = _load(recipe)
-    with _heard(progress, len(linears)) as warnings, contextlib.redirect_stderr(io.StringIO()):  # two bars a layer
-        oneshot(model=model, processor=tokenizer, dataset=DataLoader(rows, batch_size=1), recipe=modifier)
+    with _quiet():
+        modifier, oneshot = _load(recipe)
+        with _heard(progress, len(linears)) as warnings:
+            oneshot(model=model, processor=tokenizer, dataset=DataLoader(rows, batch_size=1), recipe=modifier)
     return {name: linear.weight.detach().cpu() for name, linear in linears.items()}, warnings
 
 
@@ -63,7 +64,7 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def _load(recipe: PruningRecipe) -> tuple[Any, Any]:
     """The recipe as llmcompressor's modifier, and the function that applies it."""
-    with _quiet():
+    with contextlib.redirect_stdout(io.StringIO()):  # it says so at import if there is no GPU
         from llmcompressor import oneshot
         from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
@@ -90,13 +91,13 @@ def _check_groups(linears: dict[str, nn.Linear], recipe: PruningRecipe) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep in what several packages have to say when they are imported."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        logging.disable(logging.WARNING)
-        try:
+    """Keep in two progress bars for each layer, and what torch and bitsandbytes have to say of their own insides."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
             yield
-        finally:
-            logging.disable(logging.NOTSET)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @contextlib.contextmanager

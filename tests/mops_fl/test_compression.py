@@ -123,7 +123,8 @@ def test_pattern_that_is_broken_in_one_group_is_seen(tiny_model):
     with torch.no_grad():
         for linear in decoder_linears(model).values():
             linear.weight[:, ::2] = 0
-        linear.weight[5, :4] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+            linear.weight[7, :4] = 0  # more zeros than the pattern asks for do not break it
+        linear.weight[5, 44] = 1
     layers = inspect_weights(model, PruningRecipe.parse("sparsegpt:2:4"))["layers"]
     assert [layer["pattern"] for layer in layers.values()] == [True] * 27 + [False]
 
