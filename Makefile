@@ -34,8 +34,13 @@ lint: install
 
 check: lint test
 
+# Half an hour on two cores. Nothing else should run.
 bench: fetch
-	$(BIN)/python benchmarks/step_speed.py
+	for name in step_speed round_speed cohort_rounding; do \
+	  $(BIN)/python -m benchmarks.$$name --json runs/benchmarks/$$name.json || exit 1; done
+	for what in memory rounds; do \
+	  $(BIN)/python -m benchmarks.simulation_cost $$what --json runs/benchmarks/simulation_$$what.json || exit 1; done
+	$(BIN)/python -m benchmarks.table runs/benchmarks/*.json
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,124 +1,130 @@
-"""Seconds per client step and their share of the machine's own matrix-product rate, beside peft on the same rows.
+"""Seconds of a training step per row: cohorts of several sizes, kept and unkept frozen states, and peft's methods.
 
-    python benchmarks/step_speed.py [--json FILE]
+    python -m benchmarks.step_speed [--repeats N] [--json FILE]
 
 A step is forward, backward and Adam on one row of 138 tokens (55 of them response) and 70 prompts, the averages of
-Dolly at this length. Everything is measured in turn, several times over, in one process: on a shared machine compare
-the ratios, not the seconds.
+Dolly at the default length. The share is of the machine's own bfloat16 rate on one large matrix product, measured
+between the repetitions; it counts the products with the frozen weights only. "On all lanes" is how the trainer runs:
+a cohort on each core, one thread each; peft gets the same, a model on each core.
 """
 
-import argparse
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import peft
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from mops_fl.adapter import Adapter, initial_state
+from benchmarks.harness import (
+    BACKBONE,
+    NUM_PROMPTS,
+    NUM_RESPONSE,
+    NUM_TOKENS,
+    Figure,
+    arguments,
+    matmul_gigaflop_per_second,
+    measure_in_turn,
+    random_row,
+    report,
+)
+from clients.lanes import Lanes
+from clients.local_training import client_losses
+from mops_fl.adapter import PromptAdapter, initial_state
 from mops_fl.backbone import Backbone
 from mops_fl.config import AdapterConfig, BackboneConfig
-from mops_fl.encoding import EncodedRow
-from mops_fl.model import PromptedModel, RowStates
+from mops_fl.model import PromptedModel
 from mops_fl.sources import resolve_backbone
 from mops_fl.state_cache import StateCache
 
-BACKBONE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-NUM_TOKENS, NUM_RESPONSE, NUM_PROMPTS, REPEATS = 138, 55, 70, 5
-ADAPTER = AdapterConfig("mops", 10, 7, 10, "attention", "question", "random", 128)
+ADAPTER = AdapterConfig("mops", 10, 7, 10, "attention", "question", "random", 128, 8, 16.0)
+CAUSAL = peft.TaskType.CAUSAL_LM
+PEFT_CONFIGS = {
+    "peft prompt tuning": lambda: peft.PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=NUM_PROMPTS),
+    "peft LoRA (r 8, q and v)": lambda: peft.LoraConfig(task_type=CAUSAL, r=8, target_modules=["q_proj", "v_proj"]),
+    "peft IA3": lambda: peft.IA3Config(
+        task_type=CAUSAL,
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: `step()` trains `rows` rows, with about `gigaflop` in matrix products."""
+    """One thing to time: `run()` trains `rows` rows, with `gigaflop` in products with frozen weights (0: not known)."""
 
-    name: str
     rows: int
     gigaflop: float
-    step: Callable[[], object]
+    run: Callable[[], object]
 
 
 def main() -> None:
-    """Measure, print a table, write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="write the figures to this file")
-    target = parser.parse_args().json
-    cases = [*our_cases((1, 5, 10)), *peft_cases()]
-    peak_rate = partial(matmul_gigaflop_per_second, torch.bfloat16)
-    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
-    rates = [peak_rate()]
-    for case in cases:
-        case.step()  # warm-up
-    for _ in range(REPEATS):
-        for case in cases:
-            began = time.perf_counter()
-            case.step()
-            seconds[case.name].append((time.perf_counter() - began) / case.rows)
-        rates.append(peak_rate())
-    show(cases, seconds, statistics.median(rates))
-    if target:
-        figures = {
-            "machine": platform.platform(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "bf16-gigaflop-per-second": rates,
-            "seconds-per-row": seconds,
-        }
-        Path(target).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    """Measure and report."""
+    options = arguments(__doc__, repeats=7)
+    lanes = Lanes.of_this_machine()
+    lanes.take_share(1)
+    cases = {**our_cases(lanes), **peft_cases(lanes)}
+    rates: list[float] = []
+    runs = {name: case.run for name, case in cases.items()}
+    seconds = measure_in_turn({"rate": lambda: rates.append(matmul_gigaflop_per_second()), **runs}, options.repeats)
+    rate = statistics.median(rates)
+    per_row = {name: [value / case.rows for value in seconds[name]] for name, case in cases.items()}
+    ours = statistics.median(per_row["MoPs, cohorts of 5 on all lanes"])
+    figures = [Figure("bfloat16 matrix product, all threads", "GFLOP/s", rates)]
+    for name, case in cases.items():
+        ratio = f"{statistics.median(per_row[name]) / ours:.2f} x our time on all lanes"
+        share = case.gigaflop / case.rows / statistics.median(per_row[name]) / rate
+        figures.append(Figure(name, "s/row", per_row[name], f"{ratio}, {share:.0%} of the rate" if share else ratio))
+    report("Training step", figures, options.json)
 
 
-def our_cases(cohort_sizes: tuple[int, ...]) -> list[Case]:
-    """A MoPs step for cohorts of several sizes; the layers below the prompts are computed before, as in a run."""
+def our_cases(lanes: Lanes) -> dict[str, Case]:
+    """MoPs steps on one resident model."""
     backbone = Backbone.load(BackboneConfig(BACKBONE, "none", "none", "bfloat16"))
-    cache: StateCache[RowStates] = StateCache(1 << 30)
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randn(NUM_PROMPTS, backbone.hidden_size, generator=generator) * 0.1
-    model = PromptedModel(backbone, ADAPTER, prompts, cache)
-    state = initial_state(ADAPTER, prompts, generator)
-    layers = backbone.model.model.layers[ADAPTER.inject_layer :]
-    per_row = gigaflop_per_row(layers, backbone.model.lm_head.weight.numel())
-    cases = []
-    for size in cohort_sizes:
-        adapter = Adapter([state] * size)
-        optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
-        rows = [random_row(row_id) for row_id in range(size)]
-        step = partial(mops_step, model, adapter, optimizer, rows)
-        cases.append(Case(f"MoPs, cohort of {size}", size, size * per_row, step))
+    prompts = torch.randn(NUM_PROMPTS, backbone.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.1
+    layers, head = backbone.model.model.layers, backbone.model.lm_head
+    upper = gigaflop(layers[ADAPTER.inject_layer :], NUM_TOKENS + NUM_PROMPTS, 4) + gigaflop(head, NUM_RESPONSE, 4)
+    lower = gigaflop(layers[: ADAPTER.inject_layer], NUM_TOKENS, 2)
+    kept, unkept = (PromptedModel(backbone, ADAPTER, prompts, StateCache(size)) for size in (1 << 30, 0))
+    cases = {
+        f"MoPs, cohort of {size}": Case(size, size * upper, mops_step(kept, prompts, size)) for size in (1, 2, 5, 10)
+    }
+    unkept_step = mops_step(unkept, prompts, 5)
+    cases["MoPs, cohort of 5, frozen states not kept"] = Case(5, 5 * (upper + lower), unkept_step)
+    steps = [mops_step(kept, prompts, 5, first_row=5 * lane) for lane in range(lanes.count)]
+    rows = 5 * lanes.count
+    cases["MoPs, cohorts of 5 on all lanes"] = Case(rows, rows * upper, on_all_lanes(lanes, steps))
     return cases
 
 
-def mops_step(model: PromptedModel, adapter: Adapter, optimizer: torch.optim.Optimizer, rows: list[EncodedRow]) -> None:
+def mops_step(model: PromptedModel, prompts: torch.Tensor, size: int, first_row: int = 0) -> Callable[[], object]:
     """One step of every client of a cohort."""
-    losses = model.losses(adapter, rows)
-    optimizer.zero_grad()
-    (losses.loss_sum / losses.num_tokens).sum().backward()
-    optimizer.step()
+    state = initial_state(ADAPTER, prompts, torch.Generator().manual_seed(0))
+    adapter = PromptAdapter([state] * size)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
+    rows = [random_row(first_row + number) for number in range(size)]
+
+    def step() -> None:
+        losses = model.losses(adapter, rows)
+        optimizer.zero_grad()
+        client_losses(losses, size).sum().backward()
+        optimizer.step()
+
+    return step
 
 
-def peft_cases() -> list[Case]:
-    """The same row through peft's prompt tuning, LoRA and IA3, as their documentation sets them up."""
-    causal = peft.TaskType.CAUSAL_LM
-    configs = {
-        "peft prompt tuning": peft.PromptTuningConfig(task_type=causal, num_virtual_tokens=NUM_PROMPTS),
-        "peft LoRA (r 8, q and v)": peft.LoraConfig(task_type=causal, r=8, target_modules=["q_proj", "v_proj"]),
-        "peft IA3": peft.IA3Config(
-            task_type=causal,
-            target_modules=["k_proj", "v_proj", "down_proj"],
-            feedforward_modules=["down_proj"],
-        ),
-    }
-    return [Case(name, 1, 0.0, peft_step(config)) for name, config in configs.items()]
+def peft_cases(lanes: Lanes) -> dict[str, Case]:
+    """The same row through peft's methods, as their documentation sets them up; a model for each lane."""
+    cases = {}
+    for name, config in PEFT_CONFIGS.items():
+        steps = [peft_step(config()) for _ in range(lanes.count)]
+        cases[name] = Case(1, 0.0, steps[0])
+        cases[f"{name} on all lanes"] = Case(lanes.count, 0.0, on_all_lanes(lanes, steps))
+    return cases
 
 
-def peft_step(config: peft.PeftConfig) -> Callable[[], None]:
+def peft_step(config: peft.PeftConfig) -> Callable[[], object]:
     """A training step of a freshly loaded model with this adapter."""
     model = AutoModelForCausalLM.from_pretrained(resolve_backbone(BACKBONE), dtype=torch.bfloat16)
     model = peft.get_peft_model(model, config).train()
@@ -137,41 +143,15 @@ def peft_step(config: peft.PeftConfig) -> Callable[[], None]:
     return step
 
 
-def random_row(row_id: int) -> EncodedRow:
-    """A row of average shape."""
-    start = NUM_TOKENS - NUM_RESPONSE
-    token_ids = torch.randint(1000, (NUM_TOKENS,), generator=torch.Generator().manual_seed(row_id))
-    return EncodedRow(row_id, token_ids, start, start, 0, False)
+def on_all_lanes(lanes: Lanes, steps: list[Callable[[], object]]) -> Callable[[], object]:
+    """The steps side by side."""
+    return lambda: list(lanes.map(lambda step: step(), steps))
 
 
-def gigaflop_per_row(layers: torch.nn.ModuleList, head_weights: int) -> float:
-    """Matrix products of one row's forward and backward pass; the frozen weights get no gradient."""
-    weights = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
-    return 4 * (weights * (NUM_TOKENS + NUM_PROMPTS) + head_weights * NUM_RESPONSE) / 1e9
-
-
-def matmul_gigaflop_per_second(dtype: torch.dtype) -> float:
-    """What the machine reaches on one large product of the model's own shape, now."""
-    x, weight = torch.randn(1040, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
-    count, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < 0.5:
-        x @ weight.T
-        count += 1
-    return 2 * x.shape[0] * weight.numel() * count / elapsed / 1e9
-
-
-def show(cases: list[Case], seconds: dict[str, list[float]], rate: float) -> None:
-    """A row per case: median seconds, their spread, ratio to our single step, share of the matrix-product rate."""
-    ours = statistics.median(seconds[cases[0].name])
-    table = Table("case", "s per row", "min-max", "times our single step", "share of bf16 rate")
-    for case in cases:
-        median = statistics.median(seconds[case.name])
-        share = f"{case.gigaflop / case.rows / median / rate:.0%}" if case.gigaflop else ""
-        spread = f"{min(seconds[case.name]):.3f}-{max(seconds[case.name]):.3f}"
-        table.add_row(case.name, f"{median:.3f}", spread, f"{median / ours:.2f}", share)
-    console = Console()
-    console.print(f"bf16 matrix products: {rate:.0f} GFLOP/s on {torch.get_num_threads()} threads")
-    console.print(table)
+def gigaflop(module: torch.nn.Module, positions: int, flop_per_weight: int) -> float:
+    """Products with a module's matrices: 2 a weight and position in the forward pass, as many in the backward pass."""
+    weights = sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    return flop_per_weight * weights * positions / 1e9
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from mops_fl.adapter import Adapter, AdapterState
 from mops_fl.config import TrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
-from mops_fl.model import PromptedModel, RowLosses
+from mops_fl.model import AdaptableModel, RowLosses
 from mops_fl.payload import TrainResult
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class ClientRows:
 
 
 def train_cohort(
-    model: PromptedModel, state: AdapterState, clients: Sequence[ClientRows], config: TrainConfig
+    model: AdaptableModel, state: AdapterState, clients: Sequence[ClientRows], config: TrainConfig
 ) -> list[TrainResult]:
     """Train `J` clients from the same global adapter; in halves where they do not fit into memory together.
 
@@ -75,22 +75,22 @@ def train_cohort(
 
 
 def _train_together(
-    model: PromptedModel, state: AdapterState, clients: Sequence[ClientRows], config: TrainConfig
+    model: AdaptableModel, state: AdapterState, clients: Sequence[ClientRows], config: TrainConfig
 ) -> list[TrainResult]:
     started = time.monotonic()
     # Who stops first stands last, so that those still training are always the first ones.
     order = sorted(range(len(clients)), key=lambda j: -config.num_steps(len(clients[j].rows)))
     num_steps = [config.num_steps(len(clients[j].rows)) for j in order]
     batches = [draw_rows(clients[j], config.batch_size) for j in order]
-    adapter = Adapter([state] * len(clients)).to(model.backbone.device)
+    adapter: Adapter = model.adapter([state] * len(clients))
     optimizer: torch.optim.Optimizer = torch.optim.Adam(parameter_groups(adapter, config))
     states: list[AdapterState] = []
     tallies: list[list[Tensor]] = [[] for _ in order]
     for step in range(num_steps[0]):
         active = sum(steps > step for steps in num_steps)
-        if active < len(adapter.prompts):
+        if active < adapter.num_adapters:
             states = adapter.states()[active:] + states
-            adapter, optimizer = _first(active, adapter, optimizer, config)
+            adapter, optimizer = _first(active, model, adapter, optimizer, config)
         losses = model.losses(adapter, [row for rows in batches[:active] for row in next(rows)])
         optimizer.zero_grad()
         client_losses(losses, active).sum().backward()
@@ -116,11 +116,12 @@ def _train_together(
 
 
 def parameter_groups(adapter: Adapter, config: TrainConfig) -> list[dict[str, Any]]:
-    """What Adam trains at which rate: the prompts, and the gate if there is one."""
-    groups: list[dict[str, Any]] = [{"params": [adapter.prompts], "lr": config.lr}]
-    if adapter.gate is not None:
-        groups.append({"params": list(adapter.gate.parameters()), "lr": config.lr * config.gate_lr_factor})
-    return groups
+    """What Adam trains at which rate: a gate has its own."""
+    rates = {"gate": config.lr * config.gate_lr_factor}
+    return [
+        {"params": [parameter], "lr": rates.get(name.partition(".")[0], config.lr)}
+        for name, parameter in adapter.trainable().items()
+    ]
 
 
 def client_losses(losses: RowLosses, num_clients: int) -> Tensor:
@@ -141,10 +142,10 @@ def draw_rows(client: ClientRows, batch_size: int) -> Iterator[list[EncodedRow]]
 
 
 def _first(
-    active: int, adapter: Adapter, optimizer: torch.optim.Optimizer, config: TrainConfig
+    active: int, model: AdaptableModel, adapter: Adapter, optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> tuple[Adapter, torch.optim.Optimizer]:
     """The first `active` adapters, and an optimiser that goes on with them where the given one is."""
-    kept = Adapter(adapter.states()[:active]).to(adapter.prompts.device)
+    kept: Adapter = model.adapter(adapter.states()[:active])
     continued = torch.optim.Adam(parameter_groups(kept, config))
     for old, new in zip(adapter.parameters(), kept.parameters(), strict=True):
         moments = optimizer.state[old]

@@ -21,16 +21,16 @@ import torch
 from clients.config import ClientConfig
 from clients.lanes import Lanes
 from clients.local_training import ClientRows, train_cohort
-from mops_fl.adapter import Adapter, AdapterState
+from mops_fl.adapter import AdapterState
 from mops_fl.backbone import Backbone
 from mops_fl.config import Scalar
 from mops_fl.data import Row, TaskData, load_task_data
 from mops_fl.encoding import EncodedRow, RowEncoder
 from mops_fl.errors import InputError
 from mops_fl.evaluation import Evaluation, evaluate, evaluate_bare
-from mops_fl.model import PromptedModel, check_inject_layer
+from mops_fl.methods import require_method
+from mops_fl.model import AdaptableModel, check_inject_layer
 from mops_fl.payload import INPUT_PROMPTS, Arrays, ClientInfo, TrainRequest, TrainResult
-from mops_fl.pretraining import pretrain
 from mops_fl.state_cache import StateCache
 from partitioning.manifest import build_manifest
 from partitioning.registry import partition_rows
@@ -91,11 +91,12 @@ class Trainer:
             InputError: the config is not valid.
         """
         self._config = ClientConfig.from_run_config(run_config)
+        self._method = require_method(self._config.adapter.method)
         self._lanes = Lanes.of_this_machine()
         self._name = uuid4().hex
         self._lock = threading.RLock()  # held while anything is loaded, encoded or looked up
         self._cohorts: dict[tuple[Any, ...], Future[dict[int, TrainResult]]] = {}
-        self._model: tuple[bytes, PromptedModel] | None = None
+        self._model: tuple[bytes, AdaptableModel] | None = None
         self._encoded: dict[int, EncodedRow] = {}
 
     def setting(self) -> Setting:
@@ -118,26 +119,23 @@ class Trainer:
             backbone, rows = self._backbone, self._encode(self._data.server)
         self._lanes.take_share(1)  # the input prompts are trained here, row by row
         generator = torch.Generator().manual_seed(self._config.partition.seed)
-        start = pretrain(backbone, rows, self._config.adapter, self._config.pretrain, generator, spread=self._lanes.map)
+        start = self._method.start(
+            backbone, rows, self._config.adapter, self._config.pretrain, generator, self._lanes.map
+        )
         adapter = {name: tensor.numpy() for name, tensor in start.adapter.items()}
         return Start(adapter, {INPUT_PROMPTS: start.input_prompts.numpy()}, start.gate_accuracy)
 
     def evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
         """Measure an adapter on the test rows."""
         with self._lock:
-            model, rows = self._prompted_model(frozen), self._test_rows
-        stacked = Adapter([_tensors(adapter)]).to(model.backbone.device)
-        return evaluate(model, stacked, rows, self._data.tasks, spread=self._lanes.map)
+            model, rows = self._adaptable_model(frozen), self._test_rows
+        return evaluate(model, model.adapter([_tensors(adapter)]), rows, self._data.tasks, spread=self._lanes.map)
 
     def evaluate_bare(self) -> Evaluation:
         """Measure the backbone without prompts on the test rows."""
         with self._lock:
-            no_prompts = torch.zeros(0, self._backbone.hidden_size)
-            model, rows = (
-                PromptedModel(self._backbone, self._config.adapter, no_prompts, StateCache(0)),
-                self._test_rows,
-            )
-        return evaluate_bare(model, rows, self._data.tasks, spread=self._lanes.map)
+            backbone, rows = self._backbone, self._test_rows
+        return evaluate_bare(backbone, rows, self._data.tasks, spread=self._lanes.map)
 
     def train(self, partition_id: int, request: TrainRequest) -> TrainResult:
         """Train the cohort named in the request, once, and return this client's part of it.
@@ -219,7 +217,7 @@ class Trainer:
 
     def _train_cohort(self, request: TrainRequest) -> dict[int, TrainResult]:
         with self._lock:
-            model = self._prompted_model({INPUT_PROMPTS: request.input_prompts})
+            model = self._adaptable_model({INPUT_PROMPTS: request.input_prompts})
             clients = {
                 partition_id: ClientRows(
                     self._encode([self._data.train[index] for index in rows]),
@@ -241,14 +239,14 @@ class Trainer:
             )
         return self._rows_per_client[partition_id]
 
-    def _prompted_model(self, frozen: Arrays) -> PromptedModel:
+    def _adaptable_model(self, frozen: Arrays) -> AdaptableModel:
         """The model with these input prompts; its cached states live as long as the prompts stay the same."""
         digest = _digest(frozen)
         if self._model is None or self._model[0] != digest:
             config = self._config.trainer
             cache = StateCache(config.cache_megabytes << 20, config.cache_file_megabytes << 20)
             prompts = _tensors(frozen)[INPUT_PROMPTS]
-            self._model = (digest, PromptedModel(self._backbone, self._config.adapter, prompts, cache))
+            self._model = (digest, self._method.model(self._backbone, self._config.adapter, prompts, cache))
         return self._model[1]
 
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from clients.config import ClientConfig
-from mops_fl.adapter import is_gated
 from mops_fl.config import Scalar, read_section, require_at_least, require_choice, section_keys
 from mops_fl.errors import InputError
+from mops_fl.methods import require_method
 from strategies.fedprompt import WEIGHTINGS
 
 
@@ -56,7 +56,7 @@ class ExperimentConfig:
         if unknown := sorted(set(run_config) - known):
             raise InputError(f"Unknown run-config key `{unknown[0]}`; known are: {', '.join(sorted(known))}.")
         config = cls(ClientConfig.from_run_config(run_config), read_section(FederationConfig, run_config))
-        is_gated(config.client.adapter.method)
+        require_method(config.client.adapter.method)
         num_clients, per_round = config.client.partition.num_clients, config.federation.clients_per_round
         if per_round > num_clients:
             raise InputError(

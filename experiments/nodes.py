@@ -8,6 +8,9 @@ from flwr.serverapp import Grid
 from mops_fl.errors import InputError
 from mops_fl.payload import ClientInfo, decode_info
 
+# Flower looks through all waiting messages for each one that it delivers, so that many at once take ever longer.
+_QUESTIONS_AT_ONCE = 200
+
 
 def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> dict[int, ClientInfo]:
     """Wait until `num_clients` nodes are connected, then ask each for its partition id and row count.
@@ -26,14 +29,9 @@ def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> di
         InputError: too few nodes came, one could not answer, or two are the same client.
     """
     node_ids = _wait_for_nodes(grid, num_clients, patience_seconds)
-    questions = [
-        Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in node_ids
-    ]
     clients: dict[int, ClientInfo] = {}
-    for reply in grid.send_and_receive(questions, timeout=60 + patience_seconds):
-        if reply.has_error():
-            raise InputError(f"Node {reply.metadata.src_node_id} cannot take part: {reply.error.reason}")
-        clients[reply.metadata.src_node_id] = decode_info(reply.content)
+    for first in range(0, len(node_ids), _QUESTIONS_AT_ONCE):
+        clients |= _ask(grid, node_ids[first : first + _QUESTIONS_AT_ONCE], timeout=60 + patience_seconds)
     partition_ids = sorted(info.partition_id for info in clients.values())
     if partition_ids != list(range(num_clients)):
         raise InputError(
@@ -41,6 +39,18 @@ def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> di
             "give every SuperNode its own partition-id."
         )
     return dict(sorted(clients.items(), key=lambda item: item[1].partition_id))
+
+
+def _ask(grid: Grid, node_ids: list[int], timeout: float) -> dict[int, ClientInfo]:
+    questions = [
+        Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in node_ids
+    ]
+    clients: dict[int, ClientInfo] = {}
+    for reply in grid.send_and_receive(questions, timeout=timeout):
+        if reply.has_error():
+            raise InputError(f"Node {reply.metadata.src_node_id} cannot take part: {reply.error.reason}")
+        clients[reply.metadata.src_node_id] = decode_info(reply.content)
+    return clients
 
 
 def _wait_for_nodes(grid: Grid, num_clients: int, patience_seconds: float) -> list[int]:

@@ -77,7 +77,7 @@ def plot_perplexity(run: RunFolder, target: Path) -> bool:
         colours = dict(zip(tasks, cycle(TASK_COLOURS), strict=False))
         for task in order:
             _plot_curve(axes, tasks[task], color=colours[task], linewidth=1.2, marker="o", markersize=2.5,
-                        label=readable(task))  # fmt: skip
+                        label=_wrapped(task))  # fmt: skip
         _draw_bare_model(axes, metrics, [point.value for curve in (overall, *tasks.values()) for point in curve])
         _label_perplexity_axes(axes)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -162,7 +162,7 @@ def plot_partition(run: RunFolder, target: Path) -> bool:
         bottom.hlines(np.arange(1, len(tasks)) - 0.5, -0.5, len(ids) - 0.5, color="white", linewidth=2.5)
         bottom.tick_params(axis="x", which="both", length=3)
         bottom.invert_yaxis()
-        bottom.set_yticks(range(len(tasks)), [readable(task) for task in tasks])
+        bottom.set_yticks(range(len(tasks)), [_wrapped(task) for task in tasks])
         bottom.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         bottom.set_xlabel("client (white: no rows of that task)")
         bottom.tick_params(axis="y", length=0)
@@ -273,11 +273,13 @@ def _expert_labels(run: RunFolder, num_experts: int) -> list[str]:
     """The tasks each expert was pretrained for in the gate; its number where there are none."""
     tasks = [[known] if isinstance(known, str) else known for known in run.results().get("experts") or []]
     tasks += [[]] * (num_experts - len(tasks))
-    return [_wrapped(" + ".join(tasks[number])) or str(number) for number in range(num_experts)]
+    names = [_wrapped(" + ".join(own), max_lines=2 * len(own)) if own else "" for own in tasks]
+    return [names[number] or str(number) for number in range(num_experts)]
 
 
-def _wrapped(task: str) -> str:
-    return textwrap.fill(readable(task), 24)
+def _wrapped(task: str, max_lines: int = 2) -> str:
+    """A task's name in short lines; a task file's may be longer than a plot is wide."""
+    return textwrap.fill(readable(task), 24, max_lines=max_lines, placeholder=" …")
 
 
 def _last_value(points: Sequence[Point]) -> float:

@@ -35,7 +35,7 @@ from experiments.runtimes import run_inline, run_on_ray
 from mops_fl.compressed import resolve_model
 from mops_fl.config import Scalar
 from mops_fl.errors import InputError
-from mops_fl.sources import resolve_dolly
+from mops_fl.sources import resolve_data
 from strategies.fedprompt import RoundError
 
 _BACKENDS = {"ray": run_on_ray, "inline": run_inline}
@@ -90,8 +90,8 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scala
     if args.num_supernodes is not None:
         run_config["num-clients"] = args.num_supernodes
     config = ExperimentConfig.from_run_config(run_config).client
-    source = resolve_dolly(config.data.data_path)
-    if source.hub_id is None and not source.is_sample:  # named by data-path or by MOPS_DOLLY: recorded either way
+    source = resolve_data(config.data.dataset, config.data.data_path)
+    if source.hub_id is None and not source.is_sample:  # named by data-path or by a variable: recorded either way
         run_config["data-path"] = str(source.path.absolute())
     if Path(config.backbone.backbone).is_dir():
         run_config["backbone"] = str(Path(config.backbone.backbone).absolute())
@@ -133,8 +133,12 @@ def _raise_on_signals() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("flower-simulation", description="Simulate a federation on this machine.")
-    parser.add_argument("--app", required=True, metavar="NAME", help="experiments.dolly, .dolly.fedprompt, or a folder")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="rows in Dolly's columns, .jsonl or .jsonl.gz")
+    parser.add_argument(
+        "--app", required=True, metavar="NAME", help="experiments.dolly, .dolly.fedprompt, .super_ni, or a folder"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="PATH", help="a file of rows, or a folder of task files (see data-path)"
+    )
     parser.add_argument("--num-supernodes", type=int, metavar="N", help="virtual clients (default: num-clients)")
     parser.add_argument(
         "-c",

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mops_fl.config import AdapterConfig
-from mops_fl.errors import InputError
 
 AdapterState = dict[str, Tensor]
 
-# Method name -> is there a gate. FedPrompt and central prompt tuning are the same prompts without one.
-METHODS = {"mops": True, "fedprompt": False}
+# Method name -> is there a gate? FedPrompt and central prompt tuning are the same prompts without one.
+GATED = {"mops": True, "fedprompt": False}
 
 
 class Gate(nn.Module):
@@ -52,6 +51,24 @@ class Gate(nn.Module):
 
 
 class Adapter(nn.Module):
+    """`J` adapters of one method: parameters whose leading dimension is `J`."""
+
+    @property
+    def num_adapters(self) -> int:
+        """`J`."""
+        return len(next(iter(self.parameters())))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name in a state -> parameter."""
+        return dict(self.named_parameters())
+
+    def states(self) -> list[AdapterState]:
+        """The `J` states, detached copies on the CPU."""
+        parameters = {name: p.detach().cpu() for name, p in self.trainable().items()}
+        return [{name: p[j].clone() for name, p in parameters.items()} for j in range(self.num_adapters)]
+
+
+class PromptAdapter(Adapter):
     """`J` sets of expert prompts, with or without gates.
 
     Attributes:
@@ -73,33 +90,17 @@ class Adapter(nn.Module):
         """The prompts `(R, K, D)` that belong before each of `R` rows."""
         return self.prompts.repeat_interleave(num_rows // len(self.prompts), dim=0)
 
-    def states(self) -> list[AdapterState]:
-        """The `J` states, detached copies on the CPU."""
-        parameters = {name: p.detach().cpu() for name, p in self.named_parameters()}
-        return [{name: p[j].clone() for name, p in parameters.items()} for j in range(len(self.prompts))]
-
 
 def initial_state(config: AdapterConfig, prompts: Tensor, generator: torch.Generator) -> AdapterState:
     """A fresh adapter around given initial prompts `(K, D)`; gate weights are drawn, their output starts near flat."""
     state = {"prompts": prompts.float().clone()}
-    if is_gated(config.method):
+    if GATED[config.method]:
         hidden_size, width, experts = prompts.shape[1], config.gate_width, config.num_experts
         state["gate.w1"] = torch.randn(width, hidden_size, generator=generator) / math.sqrt(hidden_size)
         state["gate.b1"] = torch.zeros(width)
         state["gate.w2"] = torch.randn(experts, width, generator=generator) * 0.1 / math.sqrt(width)
         state["gate.b2"] = torch.zeros(experts)
     return state
-
-
-def is_gated(method: str) -> bool:
-    """Whether a method has a gate.
-
-    Raises:
-        InputError: no such method.
-    """
-    if method not in METHODS:
-        raise InputError(f"`method` is {method!r}; choose one of: {', '.join(METHODS)}.")
-    return METHODS[method]
 
 
 def _stacked(states: Sequence[AdapterState], name: str) -> nn.Parameter:

@@ -108,6 +108,12 @@ class Backbone:
         return backbone
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """The `L` decoder layers."""
+        layers: nn.ModuleList = self._decoder.layers
+        return layers
+
+    @property
     def embedding_weight(self) -> Tensor:
         """`(V, D)` token embeddings."""
         weight: Tensor = self._decoder.embed_tokens.weight

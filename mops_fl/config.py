@@ -12,6 +12,8 @@ from typing import TypeVar, get_type_hints
 from mops_fl.errors import InputError
 from mops_fl.recipe import PruningRecipe
 
+DATASETS = ("dolly", "super-ni")
+
 Scalar = bool | int | float | str
 Section = TypeVar("Section")
 
@@ -45,8 +47,11 @@ class DataConfig:
     """The rows, their split and how they become tokens.
 
     Attributes:
-        dataset: `dolly`.
-        data_path: local `.jsonl` or `.jsonl.gz`; empty: `MOPS_DOLLY`, the fetched copy, or the bundled sample.
+        dataset: `dolly`, or `super-ni`: task files in the schema of Super-Natural Instructions.
+        data_path: dolly: `.jsonl` or `.jsonl.gz`; empty: `MOPS_DOLLY`, the fetched copy, or the bundled sample.
+            super-ni: a checkout or a folder of task files; empty: `MOPS_SUPER_NI` or the fetched copy.
+        tasks: comma-separated names or patterns of the tasks used, see `mops_fl.task_choice`; empty: the paper's
+            seven, and of task files that are others, all.
         data_seed: seed of the draw and of the split, kept apart from `seed` so that runs of several seeds are
             measured on the same test rows.
         num_rows: rows of the protocol, train and test together (paper: 5,000).
@@ -58,6 +63,7 @@ class DataConfig:
 
     dataset: str
     data_path: str
+    tasks: str
     data_seed: int
     num_rows: int
     test_fraction: float
@@ -66,7 +72,7 @@ class DataConfig:
     loss_on: str
 
     def __post_init__(self) -> None:
-        require_choice("dataset", self.dataset, ("dolly",))
+        require_choice("dataset", self.dataset, DATASETS)
         require_choice("loss-on", self.loss_on, ("response", "all"))
         require_at_least("num-rows", self.num_rows, 2)
         require_at_least("server-rows", self.server_rows, 0)
@@ -77,10 +83,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is trained: `num_experts` groups of soft prompts and the gate that weighs them.
+    """What is trained: `num_experts` groups of soft prompts and the gate that weighs them, or a baseline's arrays.
 
     Attributes:
-        method: name in `mops_fl.adapter.METHODS`.
+        method: name in `mops_fl.methods.METHODS`.
         inject_layer: layer `m` whose input gets the trained prompts (paper: 10 of 32).
         num_experts: `E` (paper: 7, one per task).
         prompts_per_expert: `P` (paper: 10).
@@ -89,6 +95,8 @@ class AdapterConfig:
         prompt_init: `random`, `vocabulary` (embeddings of sampled tokens) or `transformed` (the input prompts as
             they arrive at layer `m`).
         gate_width: hidden size of the gate.
+        lora_rank: `r` of LoRA's matrices.
+        lora_alpha: LoRA's change is scaled by this over the rank.
     """
 
     method: str
@@ -99,6 +107,8 @@ class AdapterConfig:
     pooling: str
     prompt_init: str
     gate_width: int
+    lora_rank: int
+    lora_alpha: float
 
     def __post_init__(self) -> None:
         require_choice("gating", self.gating, ("attention", "embedding"))
@@ -108,6 +118,8 @@ class AdapterConfig:
         require_at_least("num-experts", self.num_experts, 1)
         require_at_least("prompts-per-expert", self.prompts_per_expert, 1)
         require_at_least("gate-width", self.gate_width, 1)
+        require_at_least("lora-rank", self.lora_rank, 1)
+        require_positive("lora-alpha", self.lora_alpha)
 
     @property
     def num_prompts(self) -> int:

@@ -1,9 +1,10 @@
-"""Rows with a task: Dolly-15k from a file, its seven tasks, and the draw into train, test and server rows."""
+"""Rows with a task: Dolly-15k or Super-NI task files, and the draw into train, test and server rows."""
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import numpy as np
 
 from mops_fl.config import DataConfig
 from mops_fl.errors import InputError
-from mops_fl.sources import resolve_dolly
+from mops_fl.sources import resolve_data
+from mops_fl.task_choice import choose_tasks, list_tasks
+from mops_fl.task_files import TaskFile, default_tasks, find_task_files, read_task_file
 
 # The paper's seven; `general_qa`, Dolly's eighth, is not used.
 DOLLY_TASKS = (
@@ -37,6 +40,7 @@ class Row:
         context: the passage it is asked about, empty if there is none.
         response: the answer.
         task: name of its task.
+        further_references: other answers that count as right; Dolly's rows have none.
     """
 
     row_id: int
@@ -44,6 +48,12 @@ class Row:
     context: str
     response: str
     task: str
+    further_references: tuple[str, ...] = ()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Every answer that counts as right, the one to train on first."""
+        return (self.response, *self.further_references)
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class TaskData:
         train: rows dealt to the clients.
         test: rows that measure.
         server: rows the server holds for pretraining and calibration.
-        description: one line on where they come from.
+        description: one line on where they come from, which tasks were chosen, and what they are short of.
         is_sample: they are the bundled sample, not a real data set.
     """
 
@@ -79,13 +89,29 @@ def load_task_data(config: DataConfig) -> TaskData:
     """Load the configured data set and draw its parts.
 
     Raises:
-        InputError: no such file, a line that is not a row, a row without instruction or response, a task
-            without rows.
+        InputError: no such file or folder, a line or a task file that is not as it should be, a row without
+            instruction or response, a task that is not there or has too few rows.
     """
-    source = resolve_dolly(config.data_path)
-    rows = list(read_dolly(source.path))
-    train, test, server = draw_parts(rows, DOLLY_TASKS, config)
-    return TaskData(DOLLY_TASKS, train, test, server, source.description, source.is_sample)
+    source = resolve_data(config.dataset, config.data_path)
+    load = {"dolly": _load_dolly, "super-ni": _load_task_files}[config.dataset]
+    tasks, rows = load(source.path, config.tasks)
+    train, test, server = draw_parts(rows, tasks, config)
+    chosen = "" if tasks == DOLLY_TASKS else f", {len(tasks)} tasks ({list_tasks(tasks)})"
+    description = f"{source.description}{chosen}{_shortfall(train + test, server, tasks, config)}"
+    return TaskData(tasks, train, test, server, description, source.is_sample)
+
+
+def rows_of_tasks(files: Iterable[TaskFile]) -> Iterator[Row]:
+    """A row for each instance: definition, input and first output; exact duplicates within a task are dropped."""
+    row_id = 0
+    for file in files:
+        seen: set[tuple[str, str]] = set()
+        for instance in file.instances:
+            response, *further = instance.references
+            if (instance.text, response) not in seen:
+                seen.add((instance.text, response))
+                yield Row(row_id, file.definition, instance.text, response, file.name, tuple(further))
+            row_id += 1
 
 
 def read_dolly(path: Path) -> Iterator[Row]:
@@ -128,7 +154,10 @@ def draw_parts(
     for (task, members), num_used, num_test in zip(by_task.items(), used, tested, strict=True):
         shuffled = [members[i] for i in rng.permutation(len(members))]
         if num_test == 0 or num_test == num_used:
-            raise InputError(f"Task {task!r} has {len(members)} rows, too few to train and test on; give more data.")
+            raise InputError(
+                f"Task {task!r} has {len(members)} rows, too few to train and test on with num-rows = "
+                f"{config.num_rows}; give more data or raise num-rows."
+            )
         test += shuffled[:num_test]
         train += shuffled[num_test:num_used]
         server += shuffled[num_used : num_used + server_quota]
@@ -142,6 +171,28 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
     largest_remainders = np.argsort(shares - exact, kind="stable")
     shares[largest_remainders[: total - shares.sum()]] += 1
     return [int(share) for share in shares]
+
+
+def _load_dolly(path: Path, wanted: str) -> tuple[tuple[str, ...], list[Row]]:
+    tasks = choose_tasks(wanted, DOLLY_TASKS, "Dolly") or DOLLY_TASKS
+    return tasks, [row for row in read_dolly(path) if row.task in tasks]
+
+
+def _load_task_files(folder: Path, wanted: str) -> tuple[tuple[str, ...], list[Row]]:
+    files = find_task_files(folder)
+    tasks = choose_tasks(wanted, list(files), str(folder)) or default_tasks(files, folder)
+    return tasks, list(rows_of_tasks(read_task_file(files[task]) for task in tasks))
+
+
+def _shortfall(used: Sequence[Row], server: Sequence[Row], tasks: Sequence[str], config: DataConfig) -> str:
+    """What was asked for and not there, as text to append; empty if nothing."""
+    per_task = config.server_rows // len(tasks)
+    counts = Counter(row.task for row in server)
+    fewest = min(tasks, key=lambda task: counts[task])
+    text = f", {len(used)} instead of {config.num_rows} rows" if len(used) < config.num_rows else ""
+    if counts[fewest] < per_task:
+        text += f", the server has {counts[fewest]} instead of {per_task} of {fewest}"
+    return text
 
 
 def _parse_dolly_line(line: str, number: int, path: Path) -> Row | None:

@@ -8,8 +8,9 @@ from typing import Protocol, TypeVar
 import torch
 
 from mops_fl.adapter import Adapter
+from mops_fl.backbone import Backbone
 from mops_fl.encoding import EncodedRow
-from mops_fl.model import PromptedModel, RowLosses
+from mops_fl.model import AdaptableModel, RowLosses, plain_losses
 
 # Positions of one packed forward pass: enough to keep the matrix products busy, little enough for a laptop.
 BATCH_TOKENS = 2048
@@ -52,7 +53,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: PromptedModel,
+    model: AdaptableModel,
     adapter: Adapter,
     rows: Sequence[EncodedRow],
     tasks: tuple[str, ...],
@@ -63,11 +64,11 @@ def evaluate(
 
 
 def evaluate_bare(
-    model: PromptedModel, rows: Sequence[EncodedRow], tasks: tuple[str, ...], spread: Spread = map
+    backbone: Backbone, rows: Sequence[EncodedRow], tasks: tuple[str, ...], spread: Spread = map
 ) -> Evaluation:
     """Measure the backbone without any prompts."""
-    no_prompts = torch.zeros(0, model.backbone.hidden_size)
-    return _evaluate(lambda batch: model.plain_losses(no_prompts, batch), rows, tasks, spread)
+    no_prompts = torch.zeros(0, backbone.hidden_size)
+    return _evaluate(lambda batch: plain_losses(backbone, no_prompts, batch), rows, tasks, spread)
 
 
 def packed_batches(rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:

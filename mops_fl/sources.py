@@ -1,7 +1,7 @@
-"""Where the backbone model and the Dolly data lie on this machine; looking them up never touches a network.
+"""Where the backbone model and the data lie on this machine; looking them up never touches a network.
 
 What `mops_fl.fetch` brings lands in one cache folder, each with a receipt that says whence it came:
-`models/<hub id with / written -->/` and `data/databricks-dolly-15k.jsonl`.
+`models/<hub id with / written -->/`, `data/databricks-dolly-15k.jsonl` and `data/super-ni/`.
 """
 
 import hashlib
@@ -22,14 +22,19 @@ DOLLY_REVISION = "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a"
 DOLLY_SHA256 = "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec"
 DOLLY_LICENCE = "CC BY-SA 3.0"
 
+# The official files are in no dataset repository of the hub; this one holds their instances, a file for each task.
+SUPER_NI_ID = "Muennighoff/natural-instructions"
+SUPER_NI_REVISION = "a29a9757125f4bb1c26445ad0d2ef7d9b2cc9c4c"
+SUPER_NI_LICENCE = "Apache-2.0, instances as their sources"
+
 
 @dataclass(frozen=True)
-class DollySource:
-    """One file in Dolly's format, and what to call it.
+class DataSource:
+    """A file in Dolly's format or a folder of task files, and what to call it.
 
     Attributes:
-        path: The `.jsonl` or `.jsonl.gz` file.
-        hub_id: Dataset id on the hub, None for a file of the user's or the bundled sample.
+        path: The `.jsonl` or `.jsonl.gz` file, or the folder.
+        hub_id: Dataset id on the hub, None for data of the user's or the bundled sample.
         revision: Git revision on the hub, None likewise.
         is_sample: Whether this is the bundled sample, which is not Dolly.
         description: One phrase for people, fit for a first line, a summary and a report.
@@ -57,6 +62,11 @@ def cached_dolly_path() -> Path:
     return cache_dir() / "data" / DOLLY_FILE
 
 
+def cached_super_ni_path() -> Path:
+    """The folder in the cache that holds (or would hold) the paper's tasks of Super-Natural Instructions."""
+    return cache_dir() / "data" / "super-ni"
+
+
 def resolve_backbone(name: str) -> Path:
     """Find the model `name`, a local folder or the hub id of a fetched one, without a network.
 
@@ -82,7 +92,12 @@ def resolve_backbone(name: str) -> Path:
     return cached
 
 
-def resolve_dolly(data_path: str) -> DollySource:
+def resolve_data(dataset: str, data_path: str) -> DataSource:
+    """The source of a dataset: `resolve_dolly` or `resolve_super_ni`."""
+    return resolve_dolly(data_path) if dataset == "dolly" else resolve_super_ni(data_path)
+
+
+def resolve_dolly(data_path: str) -> DataSource:
     """Choose the Dolly file: `data_path`, else `MOPS_DOLLY`, else the cached copy, else the bundled sample.
 
     Args:
@@ -94,15 +109,48 @@ def resolve_dolly(data_path: str) -> DollySource:
     for origin, given in (("data-path", data_path), ("MOPS_DOLLY", os.environ.get("MOPS_DOLLY", ""))):
         if given:
             path = _check_given_file(origin, Path(given).expanduser())
-            return DollySource(path, None, None, is_sample=False, description=f"rows of {path.name} ({origin})")
+            return DataSource(path, None, None, is_sample=False, description=f"rows of {path.name} ({origin})")
     cached = cached_dolly_path()
     if cached.is_file():
         check_sha256(cached, DOLLY_SHA256)
         description = f"Dolly-15k ({DOLLY_ID}, revision {DOLLY_REVISION[:8]}, {DOLLY_LICENCE})"
-        return DollySource(cached, DOLLY_ID, DOLLY_REVISION, is_sample=False, description=description)
+        return DataSource(cached, DOLLY_ID, DOLLY_REVISION, is_sample=False, description=description)
     sample = Path(str(resources.files("mops_fl") / "sample" / "dolly-sample.jsonl"))
     description = "a small sample in Dolly's format made for this project, not Dolly itself"
-    return DollySource(sample, None, None, is_sample=True, description=description)
+    return DataSource(sample, None, None, is_sample=True, description=description)
+
+
+def resolve_super_ni(data_path: str) -> DataSource:
+    """Choose the folder of task files: `data_path`, else `MOPS_SUPER_NI`, else the cached copy.
+
+    Args:
+        data_path: A checkout of allenai/natural-instructions, or a folder of such task files; empty for none.
+
+    Raises:
+        InputError: If a named folder does not exist, there is none at all, or the cached copy is incomplete.
+    """
+    for origin, given in (("data-path", data_path), ("MOPS_SUPER_NI", os.environ.get("MOPS_SUPER_NI", ""))):
+        if given:
+            folder = Path(given).expanduser()
+            if not folder.is_dir():
+                raise InputError(f"{origin} names {folder}, which is no folder: give one with task files in it.")
+            description = f"task files of {folder.resolve().name} ({origin})"
+            return DataSource(folder, None, None, is_sample=False, description=description)
+    cached = cached_super_ni_path()
+    if not cached.is_dir():
+        raise InputError(
+            "There are no task files: give a checkout of allenai/natural-instructions or a folder of its task files "
+            "with data-path or MOPS_SUPER_NI, or run `mops-fl fetch --super-ni`."
+        )
+    require_complete(cached)
+    description = f"Super-Natural Instructions ({SUPER_NI_ID}, revision {SUPER_NI_REVISION[:8]})"
+    return DataSource(cached, SUPER_NI_ID, SUPER_NI_REVISION, is_sample=False, description=description)
+
+
+def require_complete(folder: Path) -> None:
+    """Raise `InputError` if the folder of fetched task files lacks the receipt that is written last."""
+    if not (folder / RECEIPT).is_file():
+        raise InputError(f"{folder} is incomplete: delete it and run `mops-fl fetch --super-ni`.")
 
 
 def _check_given_file(origin: str, path: Path) -> Path:

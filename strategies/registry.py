@@ -1,6 +1,6 @@
-"""The strategy of each method in `mops_fl.adapter.METHODS`."""
+"""The strategy of each method in `mops_fl.methods.METHODS`."""
 
 from strategies.fedprompt import FedPrompt
 from strategies.mops import MoPs
 
-STRATEGIES: dict[str, type[FedPrompt]] = {"mops": MoPs, "fedprompt": FedPrompt}
+STRATEGIES: dict[str, type[FedPrompt]] = {"mops": MoPs, "fedprompt": FedPrompt, "lora": FedPrompt, "ia3": FedPrompt}

@@ -63,6 +63,7 @@ RunConfig = Callable[..., dict[str, Scalar]]
 def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Data and models of this machine are out of sight, and no test inherits another one's trainer."""
     monkeypatch.delenv("MOPS_DOLLY", raising=False)
+    monkeypatch.delenv("MOPS_SUPER_NI", raising=False)
     monkeypatch.setenv("MOPS_CACHE", str(tmp_path_factory.getbasetemp() / "empty-cache"))
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # the trainer asks for all cores
     yield

@@ -9,19 +9,21 @@ from flwr.app import ConfigRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from clients.local_training import ClientRows, client_losses, draw_rows, train_cohort
-from mops_fl.adapter import METHODS, Adapter, initial_state
+from mops_fl.adapter import GATED, initial_state
 from mops_fl.config import AdapterConfig, TrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
+from mops_fl.methods import METHODS
 from mops_fl.model import PromptedModel, RowLosses
 from mops_fl.payload import ClientInfo, encode_result, from_record, to_record
 from mops_fl.state_cache import StateCache
+from mops_fl.weights import AdaptedModel, initial_weights
 from strategies.registry import STRATEGIES
 from strategies.sampling import ClientSampler
 
 ADAPTER = AdapterConfig(
     method="mops", inject_layer=2, num_experts=3, prompts_per_expert=2, gating="attention", pooling="question",
-    prompt_init="random", gate_width=8,
+    prompt_init="random", gate_width=8, lora_rank=2, lora_alpha=4.0,
 )  # fmt: skip
 TRAIN = TrainConfig(lr=0.05, gate_lr_factor=1.0, batch_size=1, local_steps=3, local_epochs=0)
 
@@ -38,26 +40,43 @@ def client(number, num_rows):
 
 
 @pytest.fixture
-def model(tiny_backbone):
-    input_prompts = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
-    return PromptedModel(tiny_backbone, ADAPTER, input_prompts, StateCache(1 << 24))
+def build(tiny_backbone):
+    """``build(method)``: a model, and an adapter that changes what it does (a flat gate, or none, would hide much)."""
+
+    def make(method):
+        config, generator = replace(ADAPTER, method=method), torch.Generator().manual_seed(2)
+        if method in GATED:
+            prompts, cache = torch.randn(4, 32, generator=generator), StateCache(1 << 24)
+            state = initial_state(config, torch.randn(6, 32, generator=generator), generator)
+            changes = {name: tensor * 10 for name, tensor in state.items() if name == "gate.w2"}
+            return PromptedModel(tiny_backbone, config, prompts, cache), state | changes
+        state = initial_weights(tiny_backbone, config, generator)
+        noise = {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
+        return AdaptedModel(tiny_backbone, config), {name: tensor + noise[name] for name, tensor in state.items()}
+
+    return make
+
+
+@pytest.fixture
+def model(build):
+    return build("mops")[0]
 
 
 def start(method):
     generator = torch.Generator().manual_seed(2)
     state = initial_state(replace(ADAPTER, method=method), torch.randn(6, 32, generator=generator), generator)
-    # A gate that starts flat would hide what depends on its scores.
     return {name: tensor * 10 if name == "gate.w2" else tensor for name, tensor in state.items()}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
-def test_cohort_trains_each_client_as_if_it_were_alone(model, method, batch_size):
+def test_cohort_trains_each_client_as_if_it_were_alone(build, method, batch_size):
+    model, state = build(method)
     config = replace(TRAIN, batch_size=batch_size)
     clients = [client(number, num_rows) for number, num_rows in enumerate((5, 1, 4, 2))]
-    together = train_cohort(model, start(method), clients, config)
+    together = train_cohort(model, state, clients, config)
     for member, result in zip(clients, together, strict=True):
-        (alone,) = train_cohort(model, start(method), [member], config)
+        (alone,) = train_cohort(model, state, [member], config)
         assert list(result.adapter) == list(alone.adapter)
         for name, trained in alone.adapter.items():
             np.testing.assert_allclose(result.adapter[name], trained, rtol=0, atol=1e-5, err_msg=name)
@@ -68,13 +87,14 @@ def test_cohort_trains_each_client_as_if_it_were_alone(model, method, batch_size
         )  # fmt: skip
     # The clients differ, or the comparison would prove nothing.
     for one, other in itertools.combinations(together, 2):
-        assert np.abs(one.adapter["prompts"] - other.adapter["prompts"]).max() > 1e-3
+        assert max(np.abs(one.adapter[name] - other.adapter[name]).max() for name in state) > 1e-3
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_everything_trainable_moves_and_nothing_frozen_does(model, method):
+def test_everything_trainable_moves_and_nothing_frozen_does(build, method):
+    model, before = build(method)
     weights = {name: tensor.clone() for name, tensor in model.backbone.model.state_dict().items()}
-    input_prompts, before = model.input_prompts.clone(), start(method)
+    frozen = {name: tensor.clone() for name, tensor in vars(model).items() if isinstance(tensor, torch.Tensor)}
     given = copy.deepcopy(before)
     (result,) = train_cohort(model, given, [client(0, 4)], replace(TRAIN, local_steps=2))
     assert set(result.adapter) == set(before)
@@ -83,9 +103,11 @@ def test_everything_trainable_moves_and_nothing_frozen_does(model, method):
         assert result.adapter[name].dtype == np.float32
         assert moved.max() > 1e-3, name
         assert torch.equal(given[name], tensor), f"{name} of the global adapter was changed in place"
-    # Each single prompt, too: a prompt that the injection drops would stay where it was.
-    assert (np.abs(result.adapter["prompts"] - before["prompts"].numpy()).max(1) > 1e-3).all()
-    assert torch.equal(model.input_prompts, input_prompts)
+        # Each single row, too: a prompt that the injection drops would stay where it was.
+        if tensor.dim() > 1 and not name.startswith("gate"):
+            assert (moved.max(1) > 1e-3).all(), name
+    assert all(torch.equal(getattr(model, name), tensor) for name, tensor in frozen.items())
+    assert bool(frozen) == (method in GATED)
     after = model.backbone.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
     assert all(p.grad is None for p in model.backbone.model.parameters())
@@ -134,7 +156,7 @@ def test_metrics_are_sums_over_all_steps(model):
     for member, result in zip(clients, results, strict=True):
         drawn = [row for batch in itertools.islice(draw_rows(member, 3), 4) for row in batch]
         with torch.no_grad():
-            losses = [model.losses(Adapter([start("mops")]), [row]) for row in drawn]
+            losses = [model.losses(model.adapter([start("mops")]), [row]) for row in drawn]
         assert len(drawn) == 12
         assert result.num_tokens == sum(len(row.token_ids) - row.prompt_length for row in drawn)
         assert result.loss_sum == pytest.approx(sum(loss.loss_sum.item() for loss in losses), rel=1e-5)
@@ -156,19 +178,19 @@ def test_clients_loss_is_the_mean_over_its_rows_of_the_mean_over_tokens():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_client_federated_is_the_same_client_trained_centrally(model, method, monkeypatch):
-    member, state = client(0, 4), start(method)
+def test_one_client_federated_is_the_same_client_trained_centrally(build, method, monkeypatch):
+    (model, state), member = build(method), client(0, 4)
     config = TrainConfig(lr=0.02, gate_lr_factor=1.0, batch_size=2, local_steps=5, local_epochs=0)
 
     # Centrally, with Adam written out (betas 0.9 and 0.999, epsilon 1e-8).
-    adapter = Adapter([state])
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in adapter.named_parameters()}
+    adapter = model.adapter([state])
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in adapter.trainable().items()}
     for step, batch in enumerate(itertools.islice(draw_rows(member, 2), 5), start=1):
         losses = [model.losses(adapter, [row]) for row in batch]
         loss = sum(one.loss_sum[0] / one.num_tokens[0] for one in losses) / 2
         gradients = torch.autograd.grad(loss, list(adapter.parameters()))
         with torch.no_grad():
-            for (name, p), gradient in zip(adapter.named_parameters(), gradients, strict=True):
+            for (name, p), gradient in zip(adapter.trainable().items(), gradients, strict=True):
                 mean, square = moments[name]
                 mean.mul_(0.9).add_(0.1 * gradient)
                 square.mul_(0.999).add_(0.001 * gradient**2)
@@ -187,7 +209,7 @@ def test_one_client_federated_is_the_same_client_trained_centrally(model, method
     message.metadata.__dict__["_message_id"] = "1"
     arrays, _ = strategy.aggregate_train(1, [Message(encode_result(result), reply_to=message)])
 
-    for name, p in adapter.named_parameters():
+    for name, p in adapter.trainable().items():
         np.testing.assert_allclose(from_record(arrays)[name], p.detach()[0].numpy(), rtol=0, atol=1e-5, err_msg=name)
 
 
@@ -243,13 +265,14 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(model, monkeypatch):
     [(0, 1, [9, 9, 9, 9]), (1, 1, [2, 7, 1, 7]), (3, 1, [6, 9, 3, 9]), (1, 2, [1, 4, 1, 4])],
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_client_stops_after_its_passes_and_trains_as_if_alone(model, method, epochs, batch_size, expected):
+def test_client_stops_after_its_passes_and_trains_as_if_alone(build, method, epochs, batch_size, expected):
+    model, state = build(method)
     config = replace(TRAIN, local_steps=9, local_epochs=epochs, batch_size=batch_size)
     clients = [client(number, num_rows) for number, num_rows in enumerate((2, 7, 1, 7))]
-    together = train_cohort(model, start(method), clients, config)
+    together = train_cohort(model, state, clients, config)
     assert [result.num_steps for result in together] == expected
     for member, result in zip(clients, together, strict=True):
-        (alone,) = train_cohort(model, start(method), [member], config)
+        (alone,) = train_cohort(model, state, [member], config)
         for name, trained in alone.adapter.items():
             np.testing.assert_allclose(result.adapter[name], trained, rtol=0, atol=1e-5, err_msg=name)
         np.testing.assert_allclose(result.gate_mass, alone.gate_mass, atol=1e-5)

@@ -106,7 +106,7 @@ def test_every_key_is_needed(run_config):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("method", "lora"),
+        ("method", "adalora"),
         ("weighting", "by-loss"),
         ("partitioner", "zipf"),
         ("clients-per-round", 0),

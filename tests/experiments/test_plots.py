@@ -74,3 +74,12 @@ def test_comparison_is_drawn_for_several_methods(make_run, tmp_path: Path) -> No
     runs = [make_run("a"), make_run("b", seed=2), make_run("c", method="fedprompt"), make_run("d", method="new")]
     assert plots.plot_comparison(runs, tmp_path / "comparison.png")
     assert width_in_pixels(tmp_path / "comparison.png") == 990
+
+
+def test_long_task_names_are_cut_to_two_lines_and_joined_ones_keep_two_each(make_run) -> None:
+    task = "task128_scan_structured_text_generation_command_action_short"
+    run = make_run(summary={"experts": [[task], ["creative_writing", "summarization", "brainstorming"]]})
+    assert plots._expert_labels(run, 2) == [
+        "task128 scan structured\ntext generation …",
+        "creative writing +\nsummarization +\nbrainstorming",
+    ]

@@ -95,10 +95,10 @@ def test_relative_paths_are_made_absolute_before_anything_runs_elsewhere(
     ("changes", "complaint"),
     [
         ({"learning_rate": 0.1}, "learning-rate"),
-        ({"method": "lora"}, "`method` is 'lora'; choose one of: mops, fedprompt."),
+        ({"method": "adalora"}, "`method` is 'adalora'; choose one of: mops, fedprompt, lora, ia3."),
         ({"gating": "softmax"}, "`gating` is 'softmax'; choose one of: attention, embedding."),
         ({"partitioner": "zipf"}, "Unknown partitioner 'zipf'"),
-        ({"dataset": "alpaca"}, "`dataset` is 'alpaca'; choose one of: dolly."),
+        ({"dataset": "alpaca"}, "`dataset` is 'alpaca'; choose one of: dolly, super-ni."),
         ({"lr": 0.0}, "`lr` is 0.0; it must be a positive number."),
         ({"lr": "high"}, "`lr` is 'high'; it must be of type float."),
         ({"local_steps": 1.5}, "`local-steps` is 1.5; it must be of type int."),

@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from mops_fl.adapter import Adapter, initial_state, is_gated
-from mops_fl.errors import InputError
+from mops_fl.adapter import PromptAdapter, initial_state
 
 GATE_SHAPES = {"gate.w1": (8, 32), "gate.b1": (8,), "gate.w2": (3, 8), "gate.b2": (3,)}
 
@@ -51,7 +50,7 @@ def test_initial_state_is_set_by_the_generator(adapter_config):
 
 def test_fresh_gate_is_nearly_flat_but_not_the_same_for_all_rows(adapter_config):
     rows = random_rows(20)
-    scores = Adapter([fresh_state(adapter_config())]).scores(rows)
+    scores = PromptAdapter([fresh_state(adapter_config())]).scores(rows)
     assert (scores - 1 / 3).abs().max() < 0.1
     assert scores.std(0).min() > 0
 
@@ -60,7 +59,7 @@ def test_fresh_gate_is_nearly_flat_but_not_the_same_for_all_rows(adapter_config)
 @pytest.mark.parametrize("method", ["mops", "fedprompt"])
 def test_states_come_back_bitwise(method, num_adapters, adapter_config, make_state):
     states = [make_state(adapter_config(method=method), seed) for seed in range(num_adapters)]
-    returned = Adapter(states).states()
+    returned = PromptAdapter(states).states()
     assert len(returned) == num_adapters
     for before, after in zip(states, returned, strict=True):
         assert list(before) == list(after)
@@ -68,7 +67,7 @@ def test_states_come_back_bitwise(method, num_adapters, adapter_config, make_sta
 
 
 def test_states_are_copies_that_training_does_not_touch(adapter_config, make_state):
-    adapter = Adapter([make_state(adapter_config())])
+    adapter = PromptAdapter([make_state(adapter_config())])
     (state,) = adapter.states()
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -78,7 +77,7 @@ def test_states_are_copies_that_training_does_not_touch(adapter_config, make_sta
 
 def test_adapters_do_not_share_memory_when_made_of_one_state(adapter_config, make_state):
     state = make_state(adapter_config())
-    adapter = Adapter([state, state])
+    adapter = PromptAdapter([state, state])
     with torch.no_grad():
         adapter.prompts[0].zero_()
     assert torch.equal(adapter.prompts[1], state["prompts"])
@@ -88,39 +87,30 @@ def test_adapters_do_not_share_memory_when_made_of_one_state(adapter_config, mak
 def test_scores_are_the_written_out_gate_of_each_rows_own_adapter(adapter_config, make_state):
     states = [make_state(adapter_config(), seed) for seed in range(2)]
     pooled = 50 * random_rows(6)
-    scores = Adapter(states).scores(pooled)
+    scores = PromptAdapter(states).scores(pooled)
     expected = [gate_by_hand(states[row // 3], pooled[row]) for row in range(6)]  # owner by owner
     torch.testing.assert_close(scores, torch.tensor(expected), rtol=0, atol=1e-5)
 
 
 def test_scores_sum_to_one(adapter_config, make_state):
-    scores = Adapter([make_state(adapter_config())]).scores(100 * random_rows(9))
+    scores = PromptAdapter([make_state(adapter_config())]).scores(100 * random_rows(9))
     torch.testing.assert_close(scores.sum(1), torch.ones(9), rtol=0, atol=1e-6)
     assert (scores >= 0).all()
 
 
 def test_gate_looks_at_the_direction_of_the_pooled_state_only(adapter_config, make_state):
-    adapter, pooled = Adapter([make_state(adapter_config())]), random_rows(4)
+    adapter, pooled = PromptAdapter([make_state(adapter_config())]), random_rows(4)
     torch.testing.assert_close(adapter.scores(pooled), adapter.scores(1000 * pooled), rtol=0, atol=1e-5)
 
 
 def test_plain_prompts_have_no_scores(adapter_config, make_state):
-    adapter = Adapter([make_state(adapter_config(method="fedprompt"))])
+    adapter = PromptAdapter([make_state(adapter_config(method="fedprompt"))])
     assert adapter.scores(random_rows(2)) is None
     assert [name for name, _ in adapter.named_parameters()] == ["prompts"]
 
 
 def test_each_row_gets_its_owners_prompts(adapter_config, make_state):
     states = [make_state(adapter_config(), seed) for seed in range(2)]
-    prompts = Adapter(states).prompts_of_rows(6)
+    prompts = PromptAdapter(states).prompts_of_rows(6)
     assert prompts.shape == (6, 6, 32)
     assert all(torch.equal(prompts[row], states[row // 3]["prompts"]) for row in range(6))
-
-
-def test_methods_know_whether_they_have_a_gate():
-    assert (is_gated("mops"), is_gated("fedprompt")) == (True, False)
-
-
-def test_unknown_method_is_refused_with_those_there_are(adapter_config):
-    with pytest.raises(InputError, match="`method` is 'mop'; choose one of: mops, fedprompt"):
-        fresh_state(adapter_config(method="mop"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mops_fl.adapter import Adapter
+from mops_fl.adapter import PromptAdapter
 from mops_fl.evaluation import evaluate
 from mops_fl.model import PromptedModel
 from mops_fl.state_cache import StateCache
@@ -44,7 +44,7 @@ def gradients(model, adapter, rows, num_adapters=1):
 @METHODS
 def test_rows_of_a_batch_get_the_losses_they_get_alone(changes, build, rows, adapter_config, make_state):
     config = adapter_config(**changes)
-    model, adapter = build(config), Adapter([make_state(config)])
+    model, adapter = build(config), PromptAdapter([make_state(config)])
     together = model.losses(adapter, rows)
     for i, row in enumerate(rows):
         alone = model.losses(adapter, [row])
@@ -63,10 +63,10 @@ def test_cohort_gives_each_adapter_the_gradient_it_gets_alone(
     config = adapter_config(**changes)
     model = build(config)
     states = [make_state(config, seed) for seed in range(num_adapters)]
-    together = gradients(model, Adapter(states), rows, num_adapters)
+    together = gradients(model, PromptAdapter(states), rows, num_adapters)
     own = len(rows) // num_adapters
     for j, state in enumerate(states):
-        alone = gradients(model, Adapter([state]), rows[j * own : (j + 1) * own])
+        alone = gradients(model, PromptAdapter([state]), rows[j * own : (j + 1) * own])
         assert set(alone) == set(together)
         for name, gradient in alone.items():
             largest = gradient.abs().max()
@@ -76,7 +76,7 @@ def test_cohort_gives_each_adapter_the_gradient_it_gets_alone(
 
 def test_adapter_gets_nothing_from_other_adapters_rows(build, rows, adapter_config, make_state):
     config = adapter_config()
-    model, adapter = build(config), Adapter([make_state(config, seed) for seed in range(3)])
+    model, adapter = build(config), PromptAdapter([make_state(config, seed) for seed in range(3)])
     mean_losses(model.losses(adapter, rows), 3)[1].backward()
     for name, parameter in adapter.named_parameters():
         assert [bool(gradient.any()) for gradient in parameter.grad] == [False, True, False], name
@@ -85,7 +85,7 @@ def test_adapter_gets_nothing_from_other_adapters_rows(build, rows, adapter_conf
 @METHODS
 def test_cached_states_give_bitwise_the_losses_of_fresh_ones(changes, build, rows, adapter_config, make_state):
     config = adapter_config(**changes)
-    cached, fresh, adapter = build(config), build(config, capacity_bytes=0), Adapter([make_state(config)])
+    cached, fresh, adapter = build(config), build(config, capacity_bytes=0), PromptAdapter([make_state(config)])
     results = [model.losses(adapter, rows) for model in (cached, cached, fresh, fresh)]
     assert all(torch.equal(result.loss_sum, results[0].loss_sum) for result in results)
     for kept, computed in zip(cached.row_states(rows), fresh.row_states(rows), strict=True):
@@ -120,7 +120,7 @@ def test_training_after_an_evaluation_is_bitwise_the_training_without(changes, b
     config = adapter_config(**changes)
     results = []
     for evaluated in (False, True):
-        model, adapter = build(config), Adapter([make_state(config)])
+        model, adapter = build(config), PromptAdapter([make_state(config)])
         if evaluated:
             evaluate(model, adapter, rows, ("task",))
         gradients(model, adapter, rows)
@@ -136,7 +136,7 @@ def test_training_after_an_evaluation_is_bitwise_the_training_without(changes, b
 
 def test_training_lowers_the_loss_on_the_rows_trained_on(build, rows, adapter_config, make_state):
     config = adapter_config()
-    model, adapter = build(config), Adapter([make_state(config)])
+    model, adapter = build(config), PromptAdapter([make_state(config)])
     optimizer = torch.optim.Adam(adapter.parameters(), lr=0.05)
     course = []
     for _ in range(20):

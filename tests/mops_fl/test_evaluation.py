@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mops_fl import evaluation as evaluation_module
-from mops_fl.adapter import Adapter
+from mops_fl.adapter import PromptAdapter
 from mops_fl.evaluation import Evaluation, evaluate, evaluate_bare, packed_batches
 from mops_fl.model import PromptedModel
 from mops_fl.state_cache import StateCache
@@ -27,7 +27,7 @@ def model(tiny_backbone, adapter_config):
 
 @pytest.fixture
 def adapter(adapter_config, make_state):
-    return Adapter([make_state(adapter_config())])
+    return PromptAdapter([make_state(adapter_config())])
 
 
 def test_perplexity_is_exp_of_summed_loss_over_counted_tokens():
@@ -58,9 +58,9 @@ def test_gate_is_the_mean_score_of_a_tasks_rows(model, adapter, rows):
 
 
 def test_without_a_gate_there_are_no_scores(model, adapter_config, make_state, rows):
-    adapter = Adapter([make_state(adapter_config(method="fedprompt"))])
+    adapter = PromptAdapter([make_state(adapter_config(method="fedprompt"))])
     assert evaluate(model, adapter, rows, TASKS).gate is None
-    assert evaluate_bare(model, rows, TASKS).gate is None
+    assert evaluate_bare(model.backbone, rows, TASKS).gate is None
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 40, 2048])
@@ -100,7 +100,7 @@ def test_bare_model_has_hugging_faces_loss(model, rows, tiny_model):
         labels[: row.loss_start] = -100
         mean = hugging_face(row.token_ids[None], labels=labels[None]).loss.item()
         sums[row.task] += mean * (len(row.token_ids) - row.loss_start)
-    evaluation = evaluate_bare(model, rows, TASKS)
+    evaluation = evaluate_bare(model.backbone, rows, TASKS)
     assert evaluation.loss_sum == pytest.approx(sums, rel=1e-5)
     assert evaluation.num_tokens == (27, 32, 0)
 

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from mops_fl.adapter import Adapter
+from mops_fl.adapter import PromptAdapter
 from mops_fl.errors import InputError
-from mops_fl.model import PromptedModel
+from mops_fl.model import PromptedModel, plain_losses
 from mops_fl.state_cache import StateCache
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
@@ -96,7 +96,7 @@ READINGS = [(gating, pooling) for gating in ("attention", "embedding") for pooli
 
 
 def assert_equals_hand(model, config, state, row):
-    losses = model.losses(Adapter([state]), [row])
+    losses = model.losses(PromptAdapter([state]), [row])
     expected, scores = loss_by_hand(model.backbone, config, model.input_prompts, state, row)
     # Losses are sums of some nats per token: the tolerance is per token.
     torch.testing.assert_close(losses.loss_sum[0] / losses.num_tokens[0], expected / losses.num_tokens[0], **TOLERANCE)
@@ -137,7 +137,7 @@ def test_loss_on_all_tokens_leaves_out_the_first_only(gating, build, adapter_con
 
 def test_gradient_is_that_of_the_written_out_forward(build, adapter_config, make_row, make_state):
     config, row = adapter_config(), make_row(1)
-    model, adapter = build(config), Adapter([make_state(config)])
+    model, adapter = build(config), PromptAdapter([make_state(config)])
     model.losses(adapter, [row]).loss_sum.sum().backward()
     state = {name: tensor.requires_grad_() for name, tensor in make_state(config).items()}
     loss_by_hand(model.backbone, config, model.input_prompts, state, row)[0].backward()
@@ -149,7 +149,7 @@ def test_gradient_is_that_of_the_written_out_forward(build, adapter_config, make
 
 def test_plain_losses_are_hugging_faces_with_the_prompts_as_embeddings(build, adapter_config, make_row, tiny_model):
     model, rows = build(adapter_config()), [make_row(1), make_row(2, num_tokens=5, prompt_length=2)]
-    losses = model.plain_losses(model.input_prompts, rows)
+    losses = plain_losses(model.backbone, model.input_prompts, rows)
     hugging_face = tiny_model("llama")
     for row, loss in zip(rows, losses.loss_sum, strict=True):
         embeddings = torch.cat([model.input_prompts, hugging_face.model.embed_tokens(row.token_ids)])
@@ -175,7 +175,7 @@ def test_frozen_part_gets_no_gradient(build, adapter_config, make_row, make_stat
     model = build(config)
     model.input_prompts.requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in model.backbone.model.state_dict().items()}
-    model.losses(Adapter([make_state(config)]), [make_row(1)]).loss_sum.sum().backward()
+    model.losses(PromptAdapter([make_state(config)]), [make_row(1)]).loss_sum.sum().backward()
     assert all(parameter.grad is None for parameter in model.backbone.model.parameters())
     assert model.input_prompts.grad is None
     assert all(torch.equal(before[name], t) for name, t in model.backbone.model.state_dict().items())
@@ -186,6 +186,6 @@ def test_gate_pooled_over_the_question_does_not_see_the_response(build, adapter_
     other = dataclasses.replace(row, row_id=2, token_ids=torch.cat([row.token_ids[:8], make_row(2).token_ids]))
     for pooling, unmoved in (("question", True), ("all", False)):
         config = adapter_config(pooling=pooling)
-        model, adapter = build(config), Adapter([make_state(config)])
+        model, adapter = build(config), PromptAdapter([make_state(config)])
         scores = [model.losses(adapter, [r]).scores for r in (row, other)]
         assert torch.allclose(*scores, rtol=0, atol=1e-6) == unmoved, pooling

@@ -3,9 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from mops_fl.adapter import Adapter, initial_state
+from mops_fl import pretraining
+from mops_fl.adapter import PromptAdapter, initial_state
 from mops_fl.config import PretrainConfig
-from mops_fl.model import PromptedModel
+from mops_fl.model import PromptedModel, plain_losses
 from mops_fl.pretraining import initial_prompts, pretrain, sample_token_embeddings, train_gate, train_input_prompts
 from mops_fl.state_cache import StateCache
 
@@ -53,7 +54,7 @@ def test_input_prompts_lower_the_plain_loss_of_a_repeated_row(build, adapter_con
     model, row = build(adapter_config()), make_row(1)
     trained = train_input_prompts(model, [row], pretrain_config(input_prompt_steps=30), seeded())
     before, after = (
-        model.plain_losses(prompts, [row]).loss_sum.item() / 4 for prompts in (model.input_prompts, trained)
+        plain_losses(model.backbone, prompts, [row]).loss_sum.item() / 4 for prompts in (model.input_prompts, trained)
     )
     assert after < before - 0.5
     assert not trained.requires_grad
@@ -68,8 +69,9 @@ def test_first_step_moves_every_input_prompt_by_the_learning_rate(build, adapter
 
 def test_each_step_takes_one_row_drawn_by_the_generator(build, adapter_config, rows, monkeypatch):
     model, seen = build(adapter_config()), []
-    plain_losses = model.plain_losses
-    monkeypatch.setattr(model, "plain_losses", lambda p, batch: seen.append(batch) or plain_losses(p, batch))
+    monkeypatch.setattr(
+        pretraining, "plain_losses", lambda backbone, p, batch: seen.append(batch) or plain_losses(backbone, p, batch)
+    )
     train_input_prompts(model, rows, pretrain_config(input_prompt_steps=20), seeded(1))
     assert [len(batch) for batch in seen] == [1] * 20
     expected = torch.randint(len(rows), (20,), generator=seeded(1)).tolist()
@@ -101,7 +103,7 @@ def test_gate_accuracy_is_the_share_of_rows_at_their_own_expert(tiny_backbone, a
     config = adapter_config()
     result = pretrain(tiny_backbone, rows, config, pretrain_config(gate_epochs=4), seeded())
     model = PromptedModel(tiny_backbone, config, result.input_prompts, StateCache(0))
-    scores = model.losses(Adapter([result.adapter]), rows).scores
+    scores = model.losses(PromptAdapter([result.adapter]), rows).scores
     right = [int(row_scores.argmax()) == row.task for row_scores, row in zip(scores, rows, strict=True)]
     assert result.gate_accuracy == pytest.approx(sum(right) / 30)
     assert 0 < sum(right) < 30  # so early that being right is not the only possible answer
@@ -116,7 +118,7 @@ def test_task_belongs_to_expert_of_its_number_modulo_experts(
     config = adapter_config(num_experts=num_experts)
     result = pretrain(tiny_backbone, rows, config, pretrain_config(gate_epochs=300), seeded())
     model = PromptedModel(tiny_backbone, config, result.input_prompts, StateCache(0))
-    scores = model.losses(Adapter([result.adapter]), rows).scores
+    scores = model.losses(PromptAdapter([result.adapter]), rows).scores
     for task, expert in enumerate(expert_of_task):
         assert scores[task::TASKS, expert].mean() > 0.8
     assert result.gate_accuracy > 0.9

@@ -1,0 +1,75 @@
+"""How far a client trained in a cohort ends from the same client trained alone, in float32 and in bfloat16.
+
+    python -m benchmarks.cohort_rounding [--repeats N] [--json FILE]
+
+In exact arithmetic there is no difference. Matrix products of another height add up in another order, and bfloat16
+keeps eight bits of each sum. Ten MoPs steps of five clients with rows of their own; each repetition has other rows.
+For comparison: how far the same training on one thread ends from the one on all threads.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from benchmarks.harness import BACKBONE, NUM_PROMPTS, Figure, arguments, random_row, report
+from benchmarks.step_speed import ADAPTER
+from clients.lanes import Lanes
+from clients.local_training import ClientRows, train_cohort
+from mops_fl.adapter import initial_state
+from mops_fl.backbone import Backbone
+from mops_fl.config import BackboneConfig, TrainConfig
+from mops_fl.model import PromptedModel
+from mops_fl.payload import TrainResult
+from mops_fl.state_cache import StateCache
+
+NUM_CLIENTS = 5
+TRAIN = TrainConfig(lr=0.01, gate_lr_factor=1.0, batch_size=1, local_steps=10, local_epochs=0)
+
+
+def main() -> None:
+    """Measure and report."""
+    options = arguments(__doc__, repeats=3)
+    prompts = torch.randn(NUM_PROMPTS, 576, generator=torch.Generator().manual_seed(0)) * 0.1
+    state = initial_state(ADAPTER, prompts, torch.Generator().manual_seed(0))
+    lanes = Lanes.of_this_machine()
+    figures = []
+    for dtype in ("float32", "bfloat16"):
+        model = PromptedModel(
+            Backbone.load(BackboneConfig(BACKBONE, "none", "none", dtype)), ADAPTER, prompts, StateCache(1 << 30)
+        )
+        cohort: dict[str, list[float]] = {"prompts": [], "loss": []}
+        threads: dict[str, list[float]] = {"prompts": [], "loss": []}
+        for repetition in range(options.repeats):
+            clients = [
+                ClientRows([random_row(100 * repetition + 10 * j + i) for i in range(10)], (repetition, j))
+                for j in range(NUM_CLIENTS)
+            ]
+            lanes.take_share(1)
+            together = train_cohort(model, state, clients, TRAIN)
+            alone = [train_cohort(model, state, [client], TRAIN)[0] for client in clients]
+            lanes.take_share(lanes.count)
+            one_thread = train_cohort(model, state, clients, TRAIN)
+            moved = float(np.abs(together[0].adapter["prompts"] - prompts.numpy()).mean())
+            for kept, others in ((cohort, alone), (threads, one_thread)):
+                kept["prompts"].append(prompt_distance(together, others) / moved)
+                kept["loss"].append(loss_distance(together, others))
+        for name, kept in (("cohort and alone", cohort), ("all threads and one", threads)):
+            figures.append(Figure(f"{dtype}, {name}: prompts", "of the way moved", kept["prompts"]))
+            figures.append(Figure(f"{dtype}, {name}: training loss", "relative", kept["loss"]))
+    report("Rounding of a cohort", figures, options.json)
+
+
+def prompt_distance(results: Sequence[TrainResult], others: Sequence[TrainResult]) -> float:
+    """Mean difference of the trained prompts' numbers."""
+    pairs = zip(results, others, strict=True)
+    return float(np.mean([np.abs(a.adapter["prompts"] - b.adapter["prompts"]).mean() for a, b in pairs]))
+
+
+def loss_distance(results: Sequence[TrainResult], others: Sequence[TrainResult]) -> float:
+    """Mean relative difference of the clients' losses over all steps."""
+    return float(np.mean([abs(a.loss_sum / b.loss_sum - 1) for a, b in zip(results, others, strict=True)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The figures of JSON files that the benchmarks wrote, as Markdown tables.
+
+python -m benchmarks.table FILE [FILE ...]
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """One table a file."""
+    for name in sys.argv[1:]:
+        content = json.loads(Path(name).read_text(encoding="utf-8"))
+        print(f"**{content['title']}** ({Path(name).stem}.json)\n")
+        print("| case | median | least to most | |\n|---|---|---|---|")
+        for figure in content["figures"]:
+            values = figure["values"]
+            median, spread = statistics.median(values), f"{min(values):.3g} to {max(values):.3g}"
+            print(f"| {figure['case']} | {median:.3g} {figure['unit']} | {spread} | {figure['note']} |")
+        print()
+
+
+if __name__ == "__main__":
+    main()

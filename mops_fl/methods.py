@@ -1,0 +1,72 @@
+"""The methods by name: what a run-config's `method` may say, and what each is made of."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mops_fl.adapter import GATED
+from mops_fl.backbone import Backbone
+from mops_fl.config import AdapterConfig, PretrainConfig
+from mops_fl.encoding import EncodedRow
+from mops_fl.errors import InputError
+from mops_fl.evaluation import Spread
+from mops_fl.model import AdaptableModel, PromptedModel
+from mops_fl.pretraining import Pretrained, pretrain
+from mops_fl.state_cache import StateCache
+from mops_fl.weights import AdaptedModel, initial_weights
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Attributes:
+        gated: whether it has a gate.
+        model: (backbone, config, input prompts, cache) -> the model that is trained.
+        start: what round 1 starts from; arguments as `mops_fl.pretraining.pretrain`.
+    """
+
+    gated: bool
+    model: Callable[[Backbone, AdapterConfig, Tensor, StateCache], AdaptableModel]
+    start: Callable[
+        [Backbone, Sequence[EncodedRow], AdapterConfig, PretrainConfig, torch.Generator, Spread], Pretrained
+    ]
+
+
+def _start_of_weights(
+    backbone: Backbone,
+    rows: Sequence[EncodedRow],
+    adapter_config: AdapterConfig,
+    config: PretrainConfig,
+    generator: torch.Generator,
+    spread: Spread,
+) -> Pretrained:
+    """Adapters of weights have no prompts and learn nothing from the server's rows."""
+    no_prompts = torch.zeros(0, backbone.hidden_size)
+    return Pretrained(no_prompts, initial_weights(backbone, adapter_config, generator), gate_accuracy=None)
+
+
+def _adapted_model(backbone: Backbone, config: AdapterConfig, no_prompts: Tensor, cache: StateCache) -> AdaptableModel:
+    """Adapters of weights change every layer, so that no state could be kept."""
+    return AdaptedModel(backbone, config)
+
+
+_WEIGHTS = Method(gated=False, model=_adapted_model, start=_start_of_weights)
+METHODS = {
+    **{name: Method(gated=gated, model=PromptedModel, start=pretrain) for name, gated in GATED.items()},
+    "lora": _WEIGHTS,
+    "ia3": _WEIGHTS,
+}
+
+
+def require_method(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        InputError: no such method.
+    """
+    if name not in METHODS:
+        raise InputError(f"`method` is {name!r}; choose one of: {', '.join(METHODS)}.")
+    return METHODS[name]

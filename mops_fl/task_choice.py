@@ -1,0 +1,52 @@
+"""Which tasks of a data set take part, by the names and patterns of the run-config's `tasks`."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from mops_fl.errors import InputError
+
+WILDCARDS = frozenset("*?[")
+SHOWN = 7
+
+
+def choose_tasks(wanted: str, available: Sequence[str], place: str) -> tuple[str, ...]:
+    """The tasks that `wanted` names, in its order, each once.
+
+    Args:
+        wanted: comma-separated. A word is a task's name or its first parts (`task001` is
+            `task001_quoref_question_generation`) and means one task; with `*`, `?` or `[...]` it means every task
+            that it matches.
+        available: names of the tasks there are.
+        place: where they are, for messages.
+
+    Returns:
+        The chosen names; empty if `wanted` names nothing.
+
+    Raises:
+        InputError: a word means no task, or a word without wildcard several.
+    """
+    words = [word.strip() for word in wanted.split(",") if word.strip()]
+    return tuple(dict.fromkeys(task for word in words for task in _matching(word, available, place)))
+
+
+def list_tasks(tasks: Sequence[str]) -> str:
+    """The names for a sentence; of many, the first ones."""
+    left_out = len(tasks) - SHOWN
+    return ", ".join(tasks) if left_out <= 1 else f"{', '.join(tasks[:SHOWN])} and {left_out} more"
+
+
+def _matching(word: str, available: Sequence[str], place: str) -> list[str]:
+    if WILDCARDS & set(word):
+        found = [task for task in available if fnmatchcase(task, word)]
+    elif word in available:
+        found = [word]
+    else:
+        found = [task for task in available if task.startswith(f"{word}_")]
+        if len(found) > 1:
+            raise InputError(
+                f"`tasks` names {word!r}, which may be {list_tasks(found)}; write the name in full, "
+                f"or {word + '_*'!r} for all of them."
+            )
+    if not found:
+        raise InputError(f"`tasks` names {word!r}, but there is no such task in {place}: {list_tasks(available)}.")
+    return found
