@@ -32,9 +32,10 @@ from experiments.display import own_traceback
 from experiments.run import default_output_dir
 from experiments.run_folder import RunFolder, require_empty
 from experiments.runtimes import Backend, run_inline, run_on_ray
+from mops_fl.compressed import resolve_model
 from mops_fl.config import Scalar
 from mops_fl.errors import InputError
-from mops_fl.sources import resolve_backbone, resolve_data
+from mops_fl.sources import resolve_data
 from strategies.fedprompt import RoundError
 
 _BACKENDS: dict[str, Backend] = {"ray": run_on_ray, "inline": run_inline}
@@ -111,7 +112,7 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scala
         run_config["data-path"] = str(source.path.absolute())
     if Path(config.backbone.backbone).is_dir():
         run_config["backbone"] = str(Path(config.backbone.backbone).absolute())
-    resolve_backbone(config.backbone.backbone)
+    resolve_model(config.backbone)
     if not args.resume:
         require_empty(Path(str(run_config["output-dir"])))
     return run_config

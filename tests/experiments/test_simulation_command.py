@@ -11,6 +11,7 @@ import tomli_w
 from clients import trainer
 from experiments import run as run_module
 from experiments import simulation
+from experiments.cli import main
 from experiments.run_folder import RunFolder
 from strategies.fedprompt import FedPrompt
 
@@ -105,6 +106,8 @@ def test_relative_paths_are_made_absolute_before_anything_runs_elsewhere(
         ({"clients_per_round": 11}, "`clients-per-round` is 11, but `num-clients` is 10"),
         ({"clients_per_round": 60, "num_clients": 60}, "`clients-per-round` is 60, but only"),
         ({"backbone": "someone/no-such-model"}, "The backbone 'someone/no-such-model' is neither"),
+        ({"compression": "sparsegpt:75"}, "`compression` is 'sparsegpt:75'; choose none, or"),
+        ({"compression": "sparsegpt:2:4"}, "--recipe sparsegpt:2:4`."),
         ({"data_path": "missing.jsonl"}, "data-path names missing.jsonl, which does not exist"),
         ({"inject_layer": 4}, "`inject-layer` is 4, but the backbone has layers 0 to 3"),
         ({"num_rows": 20}, "too few to train and test on"),
@@ -142,6 +145,16 @@ def test_resume_of_no_run_returns_2(command, tmp_path):
 def test_resume_takes_no_run_config(command, tmp_path):
     assert command(num_server_rounds=1)[0] == 0
     assert_refused(command("--resume", str(tmp_path / "run")), "--resume goes on with the run's own configuration")
+
+
+def test_run_on_a_pruned_and_quantised_backbone(command, tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOPS_CACHE", str(tmp_path / "cache"))
+    small = ["--run-config", "num-rows=210 server-rows=35 max-length=64", "--calibration-rows", "5"]
+    assert main(["compress", "--backbone", str(tiny_model_folder), "--recipe", "wanda:2:4", *small]) == 0
+    code, errors = command(compression="wanda:2:4", quantization="int8")
+    assert code == 0, errors
+    summary = summary_of(tmp_path / "run")
+    assert (summary["status"], summary["compression"], summary["quantization"]) == ("complete", "wanda:2:4", "int8")
 
 
 def test_round_in_which_every_client_fails_returns_1_and_marks_the_run_failed(command, tmp_path, monkeypatch):

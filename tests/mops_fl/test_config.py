@@ -110,7 +110,7 @@ def test_value_out_of_range_is_refused_by_name(section, key, value, run_config):
 @pytest.mark.parametrize(
     ("section", "key", "choices"),
     [
-        (BackboneConfig, "quantization", ("none", "int8")),
+        (BackboneConfig, "quantization", ("none", "int8", "nf4")),
         (BackboneConfig, "dtype", ("auto", "bfloat16", "float32")),
         (DataConfig, "loss-on", ("response", "all")),
         (AdapterConfig, "gating", ("attention", "embedding")),

@@ -1,0 +1,98 @@
+"""`mops-fl compress`: prune the backbone once, on the server's rows, into the cache."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from experiments.app_folder import AppFolder
+from mops_fl.compressed import read_compression_receipt
+from mops_fl.config import BackboneConfig, DataConfig, read_section, require_at_least
+from mops_fl.recipe import PruningRecipe
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `compress` to the parser of `mops-fl`."""
+    parser = subparsers.add_parser("compress", help="prune the backbone once, for runs with that `compression`")
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", required=True, help="such as sparsegpt:75%%, sparsegpt:2:4 or wanda:7:8"
+    )
+    parser.add_argument("--backbone", metavar="NAME", help="hub id or local folder (default: the app's)")
+    parser.add_argument("--data", metavar="FILE", help="rows to calibrate on, as in a run (default: the app's)")
+    parser.add_argument(
+        "--app", metavar="APP", default="experiments.dolly", help="whose server rows are meant (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--run-config", metavar="VALUES", action="append", default=[], help='as for a run, such as "data-seed=1"'
+    )
+    parser.add_argument("--calibration-rows", metavar="N", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument(
+        "--calibration-length", metavar="N", type=int, default=512, help="most tokens of each (default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prune, unless that was done before, and print what came out.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        InputError: If a value is wrong, or model, data or llmcompressor are missing.
+    """
+    recipe = PruningRecipe.parse(args.recipe)
+    run_config = AppFolder.find(args.app).run_config(args.run_config)
+    given = {"backbone": args.backbone, "data-path": args.data, "compression": args.recipe}
+    run_config |= {key: value for key, value in given.items() if value is not None}
+    backbone, data_config = read_section(BackboneConfig, run_config).backbone, read_section(DataConfig, run_config)
+    require_at_least("calibration-rows", args.calibration_rows, 1)
+    require_at_least("calibration-length", args.calibration_length, 16)
+
+    # Slow imports, not needed to refuse a wrong value.
+    from mops_fl.compression import Calibration, compress
+    from mops_fl.data import load_task_data
+
+    console = Console(highlight=False)
+    data = load_task_data(data_config)
+    console.print(f"{backbone}, {recipe}, calibrated on rows of the server's: {data.description}", markup=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading", total=None)
+        calibration = Calibration(args.calibration_rows, args.calibration_length)
+        folder = compress(
+            backbone,
+            recipe,
+            data,
+            data_config,
+            calibration,
+            lambda line: bar.update(task, description=line) if console.is_terminal else console.print(line),
+        )
+    console.print(_table(read_compression_receipt(folder)))
+    console.print(str(folder), markup=False, soft_wrap=True)
+    return 0
+
+
+def _table(receipt: Mapping[str, Any]) -> Table:
+    table = Table(title=f"{receipt['backbone']} pruned by {receipt['recipe']}, key {receipt['key']}", show_header=False)
+    calibration, perplexity, sizes = receipt["calibration"], receipt["perplexity"], receipt["bytes"]
+    sparsity = [layer["sparsity"] for layer in receipt["layers"].values()]
+    table.add_row(
+        "zeros", f"{receipt['sparsity']:.2%} of {len(sparsity)} matrices, {min(sparsity):.2%} to {max(sparsity):.2%}"
+    )
+    patterns = [layer["pattern"] for layer in receipt["layers"].values() if "pattern" in layer]
+    if patterns:
+        table.add_row("pattern", f"in every group of {sum(patterns)} of {len(patterns)} matrices")
+    table.add_row(
+        "perplexity, no prompts",
+        f"{perplexity['before']:.2f} dense, {perplexity['after']:.2f} pruned, on {perplexity['rows']} rows",
+    )
+    table.add_row("calibration", f"{calibration['rows']} rows, {calibration['tokens']} tokens")
+    table.add_row("size", f"{sizes['dense'] / 1e6:.0f} MB as stored, {sizes['sparse'] / 1e6:.0f} MB if stored sparse")
+    table.add_row("pruning", f"{receipt['seconds']:.0f} s")
+    for warning in receipt["warnings"]:
+        table.add_row("warning", warning)
+    return table

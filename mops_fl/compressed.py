@@ -1,0 +1,101 @@
+"""Where pruned backbones lie on this machine, and how a run finds its own.
+
+`mops-fl compress` makes them, once; a run only looks them up, since pruning takes minutes and would happen on every
+machine of a federation. The cache holds one folder for each: `compressed/<model>-<recipe>-<key>/`. The key is a hash
+of the model, the calibration tokens, the recipe and the versions that matter. A run knows the model and the recipe,
+not the calibration; if there are several, it names one by its key, as in `sparsegpt:75%@1a2b`. A folder can be
+copied to another machine: into the same place, or anywhere, named in `backbone`.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mops_fl.config import BackboneConfig
+from mops_fl.errors import InputError
+from mops_fl.recipe import PruningRecipe
+from mops_fl.sources import RECEIPT, cache_dir, cached_model_path, read_receipt, resolve_backbone
+
+COMPRESSION_RECEIPT = "mops-compression.json"
+
+
+def resolve_model(config: BackboneConfig) -> Path:
+    """The folder that holds the backbone as configured: dense, or pruned by its recipe.
+
+    Raises:
+        InputError: there is none, with the command that makes it; there are several; or a folder is named that
+            was pruned in another way than the config says.
+    """
+    own = read_compression_receipt(Path(config.backbone).expanduser())
+    if own:
+        if _is_made_by(own, config.compression):
+            return Path(config.backbone).expanduser()
+        raise InputError(f"{config.backbone} is pruned by {own['recipe']}; set `compression` to that.")
+    if config.compression == "none":
+        return resolve_backbone(config.backbone)
+    return _find_compressed(config.backbone, config.compression)
+
+
+def compressed_path(backbone: str, recipe: PruningRecipe, key: str) -> Path:
+    """The folder in the cache that holds (or would hold) one compressed model."""
+    model = Path(backbone).name.removesuffix("/")
+    slug = str(recipe).replace(":", "-").removesuffix("%")
+    return cache_dir() / "compressed" / f"{model}-{slug}-{key}"
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells a dense model from another: its receipt, or, for a folder of the user's own, a hash of its files."""
+    receipt = read_receipt(folder / RECEIPT)
+    if receipt:
+        return " ".join(receipt[name] for name in ("name", "source", "revision", "sha256") if name in receipt)
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_compression_receipt(folder: Path) -> dict[str, Any]:
+    """What `mops-fl compress` wrote beside the weights; empty if the folder is none of its."""
+    path = folder / COMPRESSION_RECEIPT
+    if not path.is_file():
+        return {}
+    receipt: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return receipt
+
+
+def _find_compressed(backbone: str, compression: str) -> Path:
+    found = {
+        receipt["key"]: folder
+        for folder in sorted((cache_dir() / "compressed").glob("*"))
+        if (receipt := read_compression_receipt(folder))
+        and _is_made_by(receipt, compression)
+        and _is_made_from(receipt, backbone)
+    }
+    recipe = PruningRecipe.parse(compression)
+    if not found:
+        raise InputError(
+            f"{backbone} pruned by {compression} is not in the cache {cache_dir()}: "
+            f"run `mops-fl compress --backbone {backbone} --recipe {recipe}`."
+        )
+    if len(found) > 1:
+        keys = ", ".join(f"{recipe}@{key}" for key in found)
+        raise InputError(f"{backbone} was pruned by {recipe} more than once; set `compression` to one of: {keys}.")
+    return next(iter(found.values()))
+
+
+def _is_made_by(receipt: dict[str, Any], compression: str) -> bool:
+    if compression == "none":
+        return False
+    recipe = PruningRecipe.parse(compression)
+    return bool(receipt["recipe"] == str(recipe) and receipt["key"].startswith(recipe.key))
+
+
+def _is_made_from(receipt: dict[str, Any], backbone: str) -> bool:
+    """By the dense model's fingerprint; where there is no dense model, as on a device, by its name."""
+    dense = Path(backbone).expanduser()
+    dense = dense if dense.is_dir() else cached_model_path(backbone)
+    if dense.is_dir():
+        return bool(receipt["fingerprint"] == fingerprint(dense))
+    return bool(receipt["backbone"] == backbone)

@@ -1,0 +1,67 @@
+import json
+
+import pytest
+
+from experiments.cli import main
+from mops_fl.compressed import COMPRESSION_RECEIPT
+
+SMALL = "num-rows=210 server-rows=35 max-length=64 dtype='float32'"
+
+
+@pytest.fixture
+def press(tiny_model_folder, tmp_path, monkeypatch):
+    """``press("--recipe", ...)``: the command on the tiny model and the bundled sample, with a cache of its own."""
+    monkeypatch.setenv("MOPS_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments):
+        small = ["--run-config", SMALL, "--calibration-rows", "5", "--calibration-length", "48"]
+        return main(["compress", "--backbone", str(tiny_model_folder), *small, *arguments])
+
+    return run
+
+
+def test_command_prunes_once_and_says_what_came_out(press, tiny_model_folder, tmp_path, capsys):
+    assert press("--recipe", "sparsegpt:2:4") == 0
+    first = capsys.readouterr().out
+    (folder,) = (tmp_path / "cache" / "compressed").iterdir()
+    receipt = json.loads((folder / COMPRESSION_RECEIPT).read_text())
+    assert receipt["recipe"] == "sparsegpt:2:4"
+    assert receipt["calibration"]["rows"] == 5
+    for part in ("28 of 28 matrices pruned", "50.00% of 28 matrices", "every group of 28 of 28", receipt["key"]):
+        assert part in " ".join(first.split())
+    assert str(folder) in first
+    assert f"{receipt['perplexity']['after']:.2f} pruned" in " ".join(first.split())
+
+    assert press("--recipe", "sparsegpt:2:4") == 0
+    second = capsys.readouterr().out
+    assert "matrices pruned" not in second
+    assert str(folder) in second
+
+
+def test_llmcompressors_own_output_is_kept_in(press, capfd):
+    assert press("--recipe", "wanda:75%") == 0
+    captured = capfd.readouterr()
+    assert captured.err == ""
+    assert "Sparsifying" not in captured.out
+    assert "WARNING" not in captured.out
+
+
+def test_rows_are_those_of_the_named_file(press, tmp_path, capsys):
+    assert press("--recipe", "wanda:75%", "--data", str(tmp_path / "none.jsonl")) == 2
+    assert "none.jsonl, which does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--recipe", "sparsegpt:75"], "`compression` is 'sparsegpt:75'"),
+        (["--recipe", "wanda:75%", "--calibration-rows", "0"], "`calibration-rows` is 0"),
+        (["--recipe", "wanda:75%", "--calibration-rows", "35"], "35 calibration rows are asked for"),
+        (["--recipe", "wanda:75%", "--calibration-length", "3"], "`calibration-length` is 3"),
+        (["--recipe", "wanda:75%", "--backbone", "no/model"], "run `mops-fl fetch --backbone no/model`"),
+        (["--recipe", "wanda:75%", "--app", "experiments.nothing"], "There is no app 'experiments.nothing'"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_code_2(arguments, reason, press, capsys):
+    assert press(*arguments) == 2
+    assert reason in capsys.readouterr().err
