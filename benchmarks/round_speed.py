@@ -28,6 +28,7 @@ from mops_fl.sources import resolve_backbone
 from mops_fl.state_cache import StateCache
 
 NUM_CLIENTS, NUM_STEPS = 10, 10
+LORA = "peft LoRA (r 8, q and v)"
 TRAIN = TrainConfig(lr=0.01, gate_lr_factor=1.0, batch_size=1, local_steps=NUM_STEPS, local_epochs=0)
 
 
@@ -45,11 +46,10 @@ def main() -> None:
         Backbone.load(BackboneConfig(BACKBONE, "none", "none", "bfloat16")), ADAPTER, prompts, StateCache(1 << 30)
     )
     state = initial_state(ADAPTER, prompts, torch.Generator().manual_seed(0))
-    cases = {"MoPs, one resident model": lambda: resident_round(lanes, model, state, new_rows())}
-    for name in ("peft prompt tuning", "peft LoRA (r 8, q and v)"):
-        cases[f"{name}, model loaded in each call"] = lambda name=name: list(
-            lanes.map(lambda rows: fresh_client(name, rows), new_rows())
-        )
+    cases = {
+        "MoPs, one resident model": lambda: resident_round(lanes, model, state, new_rows()),
+        "peft LoRA, model loaded in each call": lambda: list(lanes.map(fresh_client, new_rows())),
+    }
     seconds = measure_in_turn(cases, options.repeats)
     ours = statistics.median(seconds["MoPs, one resident model"])
     figures = [
@@ -66,10 +66,10 @@ def resident_round(lanes: Lanes, model: PromptedModel, state: AdapterState, rows
     list(lanes.map(lambda cohort: train_cohort(model, state, cohort, TRAIN), cohorts))
 
 
-def fresh_client(method: str, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+def fresh_client(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
     """One call of one client in the pattern of Flower's example."""
     model = AutoModelForCausalLM.from_pretrained(resolve_backbone(BACKBONE), dtype=torch.bfloat16)
-    model = peft.get_peft_model(model, PEFT_CONFIGS[method]()).train()
+    model = peft.get_peft_model(model, PEFT_CONFIGS[LORA]()).train()
     peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for row in rows:

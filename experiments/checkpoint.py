@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 _KEPT = 2
 _ADAPTER, _FROZEN = "adapter/", "frozen/"
 
+CHECKPOINTS = "checkpoints"
+
 
 @dataclass
 class Progress:
@@ -68,7 +70,7 @@ class Checkpoint:
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
     """Write a round's checkpoint and drop all but the newest two."""
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     folder.mkdir(exist_ok=True)
     target = folder / f"round-{checkpoint.progress.rounds_done:06d}.safetensors"
     tensors = {_ADAPTER + name: np.ascontiguousarray(array) for name, array in checkpoint.adapter.items()}
@@ -86,7 +88,7 @@ def load_checkpoint(run: Path) -> Checkpoint:
     Raises:
         InputError: there is none.
     """
-    for path in sorted((run / "checkpoints").glob("round-*.safetensors"), reverse=True):
+    for path in sorted((run / CHECKPOINTS).glob("round-*.safetensors"), reverse=True):
         try:
             return _read(path)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

@@ -1,7 +1,7 @@
 """`mops-fl compress`: prune the backbone once, on the server's rows, into the cache."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -9,9 +9,11 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from experiments.app_folder import AppFolder
-from mops_fl.compressed import read_compression_receipt
-from mops_fl.config import BackboneConfig, DataConfig, read_section, require_at_least
+from mops_fl.compressed import NotPrunedError, read_compression_receipt, resolve_model
+from mops_fl.config import BackboneConfig, DataConfig, Scalar, read_section, require_at_least
 from mops_fl.recipe import PruningRecipe
+
+CALIBRATION_ROWS, CALIBRATION_LENGTH = 64, 512
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,9 +30,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--run-config", metavar="VALUES", action="append", default=[], help='as for a run, such as "data-seed=1"'
     )
-    parser.add_argument("--calibration-rows", metavar="N", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument(
-        "--calibration-length", metavar="N", type=int, default=512, help="most tokens of each (default: %(default)s)"
+        "--calibration-rows", metavar="N", type=int, default=CALIBRATION_ROWS, help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--calibration-length",
+        metavar="N",
+        type=int,
+        default=CALIBRATION_LENGTH,
+        help="most tokens of each (default: %(default)s)",
     )
     parser.set_defaults(run=run)
 
@@ -74,6 +82,30 @@ def run(args: argparse.Namespace) -> int:
     console.print(_table(read_compression_receipt(folder)))
     console.print(str(folder), markup=False, soft_wrap=True)
     return 0
+
+
+def prune_if_missing(run_config: Mapping[str, Scalar], say: Callable[[str], None]) -> None:
+    """Prune the backbone that a run-config names as its `compression` says, unless that was done before.
+
+    Raises:
+        InputError: model, data or llmcompressor are missing.
+    """
+    backbone = read_section(BackboneConfig, run_config)
+    try:
+        resolve_model(backbone)
+    except NotPrunedError:
+        from mops_fl.compression import Calibration, compress
+        from mops_fl.data import load_task_data
+
+        data_config = read_section(DataConfig, run_config)
+        compress(
+            backbone.backbone,
+            PruningRecipe.parse(backbone.compression),
+            load_task_data(data_config),
+            data_config,
+            Calibration(CALIBRATION_ROWS, CALIBRATION_LENGTH),
+            say,
+        )
 
 
 def _table(receipt: Mapping[str, Any]) -> Table:

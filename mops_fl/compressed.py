@@ -20,6 +20,10 @@ from mops_fl.sources import RECEIPT, cache_dir, cached_model_path, read_receipt,
 COMPRESSION_RECEIPT = "mops-compression.json"
 
 
+class NotPrunedError(InputError):
+    """The dense model is there, the pruned one is not."""
+
+
 def resolve_model(config: BackboneConfig) -> Path:
     """The folder that holds the backbone as configured: dense, or pruned by its recipe.
 
@@ -75,7 +79,7 @@ def _find_compressed(backbone: str, compression: str) -> Path:
     }
     recipe = PruningRecipe.parse(compression)
     if not found:
-        raise InputError(
+        raise NotPrunedError(
             f"{backbone} pruned by {compression} is not in the cache {cache_dir()}: "
             f"run `mops-fl compress --backbone {backbone} --recipe {recipe}`."
         )

@@ -1,0 +1,190 @@
+import json
+import logging
+import signal
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+import experiments
+from experiments import run as run_module
+from experiments import sweep_command
+from experiments.cli import main
+from experiments.report import NOTHING, perplexity_text
+from experiments.run_folder import RunFolder
+from experiments.sweep import read_sweep
+from mops_fl.errors import InputError
+
+TABLES = sorted((Path(experiments.__file__).parent / "tables").glob("*.toml"))
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch):
+    """No report; signal handlers and log levels are put back."""
+    monkeypatch.setattr(run_module, "write_report", lambda folder: folder.path / "report.html")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    loggers = {name: logging.getLogger(name).level for name in ("flwr", "mops_fl")}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for name, level in loggers.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+def content(run_config):
+    """Two rows, two methods, one of them central, two seeds of a tiny run."""
+    values = {key: value for key, value in run_config().items() if key not in ("method", "seed", "output-dir", "lr")}
+    return {
+        "title": "Tiny",
+        "app": "experiments.dolly",
+        "seeds": [0, 1],
+        "values": {**values, "evaluate-every": 1},
+        "rows": {"two experts": {"num-experts": 2}, "7 experts": {}},
+        "methods": {
+            "FedPrompt": {"method": "fedprompt", "lr": 0.01},
+            "MoPs, central": {"method": "mops", "lr": 0.01, "training": "central"},
+        },
+        "paper": {"7 experts": {"FedPrompt": 11.99}},
+    }
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """``sweep(content, "--only", ...)``: exit code of `mops-fl sweep` on it, into ``tmp_path / "out"``."""
+
+    def call(content, *options):
+        (tmp_path / "sweep.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
+        return main(["sweep", str(tmp_path / "sweep.toml"), "--output", str(tmp_path / "out"), *options])
+
+    return call
+
+
+def summaries(tmp_path):
+    return {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/summary.json")}
+
+
+def test_every_row_method_and_seed_is_run_once_and_put_into_a_table(sweep, content, tmp_path, capsys, monkeypatch):
+    assert sweep(content) == 0
+    found = summaries(tmp_path)
+    assert set(found) == {
+        f"{row}-{method}-seed{seed}"
+        for row in ("two-experts", "7-experts")
+        for method in ("fedprompt", "mops-central")
+        for seed in (0, 1)
+    }
+    assert {summary["status"] for summary in found.values()} == {"complete"}
+    assert {name: summary["training"] == "central" for name, summary in found.items()} == {
+        name: "central" in name for name in found
+    }
+    printed = capsys.readouterr().out
+    assert "two-experts-fedprompt-seed0: running" in printed
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in printed
+    values = [found[f"7-experts-fedprompt-seed{seed}"]["perplexity"]["all"] for seed in (0, 1)]
+    (row,) = [line for line in table.splitlines() if line.startswith("| 7 experts | ") and "(11.99)" in line]
+    assert f"| {perplexity_text(sum(values) / 2)} ± " in row
+
+    # Again: nothing is left to do.
+    monkeypatch.setattr(sweep_command, "run_app", lambda *_, **__: pytest.fail("run again"))
+    assert sweep(content) == 0
+
+
+def test_only_the_chosen_runs_are_run(sweep, content, tmp_path):
+    assert sweep(content, "--only", "7-*-fedprompt-seed1") == 0
+    assert set(summaries(tmp_path)) == {"7-experts-fedprompt-seed1"}
+    assert sweep(content, "--only", "8-*") == 2
+
+
+def test_table_alone_runs_nothing(sweep, content, tmp_path, monkeypatch, capsys):
+    assert sweep(content, "--only", "7-*-fedprompt-seed1") == 0
+    monkeypatch.setattr(sweep_command, "run_app", lambda *_, **__: pytest.fail("run"))
+    capsys.readouterr()
+    assert sweep(content, "--table") == 0
+    assert f"| two experts | {' | '.join([NOTHING] * 4)} |" in capsys.readouterr().out
+
+
+def test_run_that_fails_is_left_and_the_others_go_on(sweep, content, tmp_path):
+    content["rows"]["7 experts"]["num-clients"] = 400  # more than there are rows: some are empty
+    content["rows"]["7 experts"]["clients-per-round"] = 399
+    content["seeds"] = [0]
+    assert sweep(content) == 1
+    found = summaries(tmp_path)
+    assert found["two-experts-fedprompt-seed0"]["status"] == "complete"
+    assert "7-experts-fedprompt-seed0" not in found
+    log = (tmp_path / "out" / "7-experts-fedprompt-seed0.log").read_text()
+    assert "clients have rows" in log
+
+
+def test_interrupted_run_is_gone_on_with_and_a_broken_one_is_kept_aside(sweep, content, tmp_path, monkeypatch):
+    only = ("--only", "7-*-seed0")
+    after_round, calls = run_module.Run._after_round, []
+
+    def stop(self, *arguments):
+        after_round(self, *arguments)
+        calls.append(self.training)
+        raise KeyboardInterrupt(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "_after_round", stop)
+        assert sweep(content, *only) == 128 + signal.SIGTERM
+        assert sweep(content, "--only", "7-*-central-seed0") == 128 + signal.SIGTERM
+    assert calls == ["federated", "central"]
+    assert sweep(content, *only) == 0
+    found = summaries(tmp_path)
+    assert found["7-experts-fedprompt-seed0"]["status"] == "complete"
+    assert found["7-experts-mops-central-seed0"]["status"] == "complete"
+    assert [name for name in found if ".broken-" in name] == [
+        name for name in found if name.startswith("7-experts-mops-central-seed0.broken-")
+    ]
+    metrics = RunFolder.open(tmp_path / "out" / "7-experts-fedprompt-seed0").metrics()
+    assert sum(entry["metric"] == "loss" and entry["round"] == 1 for entry in metrics) == 1  # not from the start again
+
+
+def test_folder_of_another_run_is_never_taken_for_this_one(sweep, content, tmp_path, capsys):
+    assert sweep(content, "--only", "7-*-fedprompt-seed1") == 0
+    content["methods"]["FedPrompt"]["lr"] = 0.02
+    assert sweep(content) == 2
+    assert "made with lr = 0.01, the sweep says 0.02" in capsys.readouterr().err
+
+
+def test_missing_pruned_model_is_made_first(sweep, content, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sweep_command, "prune_if_missing", lambda values, say: asked.append(values["compression"]))
+    assert sweep(content, "--only", "7-*-fedprompt-seed1") == 0
+    assert asked == ["none"]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"title": None}, "has no 'title'"),
+        ({"colour": "red"}, "has `colour`, which a sweep does not know"),
+        ({"app": "experiments.nothing"}, "no app 'experiments.nothing'"),
+        ({"values": {"rate": 1}}, "run-config key `rate`"),
+        ({"rows": {"a": {"lr": -1.0}}}, "`lr` is -1.0"),
+        ({"methods": {"a": {"training": "remote"}}}, "`training` = 'remote'"),
+        ({"rows": {"a b": {}, "a-b": {}}}, "of the same name but for signs"),
+        ({"paper": {"no row": {"FedPrompt": 1.0}}}, "figures of the paper's for 'no row'"),
+    ],
+)
+def test_bad_sweep_is_refused_in_one_sentence_before_anything_runs(sweep, content, capsys, change, complaint):
+    changed = {key: value for key, value in {**content, **change}.items() if value is not None}
+    if "rows" in change or "methods" in change:
+        changed.pop("paper", None)
+        changed["methods"] = change.get("methods", {"FedPrompt": {"method": "fedprompt"}})
+    assert sweep(changed) == 2
+    errors = capsys.readouterr().err
+    assert complaint in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_tables_that_come_with_the_package_are_valid(path, tmp_path):
+    sweep = read_sweep(path, tmp_path)
+    assert len(sweep.runs) == len(sweep.rows) * len(sweep.methods) * len({run.seed for run in sweep.runs})
+
+
+def test_unreadable_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_sweep(tmp_path / "nothing.toml", tmp_path)
