@@ -3,7 +3,7 @@
     python -m benchmarks.cohort_rounding [--repeats N] [--json FILE]
 
 In exact arithmetic there is no difference. Matrix products of another height add up in another order, and bfloat16
-keeps eight bits of each sum. Ten MoPs steps of five clients with rows of their own; each repetition has other rows.
+keeps eight bits of each sum. Five MoPs steps of three clients with rows of their own; each repetition has other rows.
 For comparison: how far the same training on one thread ends from the one on all threads.
 """
 
@@ -23,8 +23,8 @@ from mops_fl.model import PromptedModel
 from mops_fl.payload import TrainResult
 from mops_fl.state_cache import StateCache
 
-NUM_CLIENTS = 5
-TRAIN = TrainConfig(lr=0.01, gate_lr_factor=1.0, batch_size=1, local_steps=10, local_epochs=0)
+NUM_CLIENTS, NUM_STEPS = 3, 5
+TRAIN = TrainConfig(lr=0.01, gate_lr_factor=1.0, batch_size=1, local_steps=NUM_STEPS, local_epochs=0)
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         threads: dict[str, list[float]] = {"prompts": [], "loss": []}
         for repetition in range(options.repeats):
             clients = [
-                ClientRows([random_row(100 * repetition + 10 * j + i) for i in range(10)], (repetition, j))
+                ClientRows([random_row(100 * repetition + 10 * j + i) for i in range(NUM_STEPS)], (repetition, j))
                 for j in range(NUM_CLIENTS)
             ]
             lanes.take_share(1)
