@@ -18,7 +18,7 @@ class FederationConfig:
         clients_per_round: clients sampled in each round (paper: 10).
         num_server_rounds: rounds (paper: 20).
         cohort_size: most clients trained in one batch.
-        weighting: `uniform` (paper) or `num-examples`.
+        weighting: `uniform` (paper), `num-examples` or `gate-mass` (see `strategies.mops.MoPs`).
         evaluate_every: rounds between two evaluations; the start and the last round are always evaluated.
         output_dir: the run's folder; empty: `runs/<dataset>-<method>-<UTC time>`.
         resume: go on from the last complete round in `output_dir`.
@@ -56,7 +56,9 @@ class ExperimentConfig:
         if unknown := sorted(set(run_config) - known):
             raise InputError(f"Unknown run-config key `{unknown[0]}`; known are: {', '.join(sorted(known))}.")
         config = cls(ClientConfig.from_run_config(run_config), read_section(FederationConfig, run_config))
-        require_method(config.client.adapter.method)
+        method = config.client.adapter.method
+        if not require_method(method).gated and config.federation.weighting == "gate-mass":
+            raise InputError(f"`weighting` is 'gate-mass', but {method} has no gate; choose uniform or num-examples.")
         num_clients, per_round = config.client.partition.num_clients, config.federation.clients_per_round
         if per_round > num_clients:
             raise InputError(

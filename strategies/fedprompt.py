@@ -18,7 +18,7 @@ from mops_fl.errors import InputError
 from mops_fl.payload import METRICS, check_result, encode_request
 from strategies.sampling import ClientSampler
 
-WEIGHTINGS = ("uniform", "num-examples")
+WEIGHTINGS = ("uniform", "num-examples", "gate-mass")
 _WEIGHT = "weight"
 
 
@@ -61,7 +61,7 @@ class FedPrompt(FedAvg):
 
         Args:
             sampler: says who trains in which round.
-            weighting: `uniform` (paper) or `num-examples`.
+            weighting: `uniform` (paper), `num-examples`, or, of methods with a gate, `gate-mass`.
             frozen: the input prompts, sent along with every message.
             rounds_done: rounds that an earlier process did; the next one is called `rounds_done + 1`.
             on_round: told about each round's replies.
@@ -115,11 +115,16 @@ class FedPrompt(FedAvg):
         bytes_up = sum(num_bytes(reply.content) for reply in usable)
         for reply in usable:
             metrics = reply.content.metric_records[METRICS]
-            metrics[_WEIGHT] = 1 if self._weighting == "uniform" else metrics["num-examples"]
+            metrics[_WEIGHT] = metrics["num-examples"] if self._weighting == "num-examples" else 1
         arrays, totals = super().aggregate_train(server_round, usable)
-        if totals is not None:
+        if arrays is not None and totals is not None:
+            arrays = self.adjust(arrays, [reply.content for reply in usable])
             self._on_round(RoundReport(number, dict(totals), reasons, self._bytes_down, bytes_up))
         return arrays, totals
+
+    def adjust(self, average: ArrayRecord, contents: list[RecordDict]) -> ArrayRecord:
+        """What the round ends with, given the weighted average of the usable replies: that average."""
+        return average
 
     def check_reply(self, content: RecordDict, expected: ArrayRecord) -> None:
         """Refuse what must not be averaged in.

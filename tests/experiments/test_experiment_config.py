@@ -149,3 +149,11 @@ def test_more_clients_per_round_than_clients_are_refused(run_config):
     ExperimentConfig.from_run_config(run_config({"clients-per-round": 10, "num-clients": 10}))
     with pytest.raises(InputError, match="`clients-per-round` is 11, but `num-clients` is 10"):
         ExperimentConfig.from_run_config(run_config({"clients-per-round": 11, "num-clients": 10}))
+
+
+def test_gate_mass_needs_a_gate(run_config):
+    for method in ("fedprompt", "lora", "ia3"):
+        with pytest.raises(InputError, match=f"{method} has no gate; choose uniform or num-examples"):
+            ExperimentConfig.from_run_config(run_config({"method": method, "weighting": "gate-mass"}))
+    config = ExperimentConfig.from_run_config(run_config({"weighting": "gate-mass"}))
+    assert config.federation.weighting == "gate-mass"
