@@ -12,6 +12,7 @@ from mops_fl.config import (
     TrainConfig,
     read_section,
     require_at_least,
+    require_choice,
     section_keys,
 )
 from mops_fl.errors import InputError
@@ -24,16 +25,19 @@ class TrainerConfig:
 
     Attributes:
         eval_rows: test rows that are measured, spread evenly over the tasks; 0 for all.
+        central_rows: what central training learns from, the `clients`' rows or the `server`'s.
         cache_megabytes: most memory for frozen hidden states, in MiB; 0 keeps none there.
         cache_file_megabytes: most bytes of a memory-mapped file for those that the memory cannot take, in MiB.
     """
 
     eval_rows: int
+    central_rows: str
     cache_megabytes: int
     cache_file_megabytes: int
 
     def __post_init__(self) -> None:
         require_at_least("eval-rows", self.eval_rows, 0)
+        require_choice("central-rows", self.central_rows, ("clients", "server"))
         require_at_least("cache-megabytes", self.cache_megabytes, 0)
         require_at_least("cache-file-megabytes", self.cache_file_megabytes, 0)
 

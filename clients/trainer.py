@@ -6,6 +6,7 @@ arrived first, a cohort cannot wait for a member that is stuck in a queue, and a
 trainer that was started again, gets the same answer.
 """
 
+import functools
 import hashlib
 import resource
 import threading
@@ -156,10 +157,21 @@ class Trainer:
             raise InputError(f"Client {partition_id} has no rows to train on; ask another one.")
         return results[partition_id]
 
-    def train_centrally(self, adapter: Arrays, frozen: Arrays, num_steps: int) -> Training:
-        """All training rows in the hands of a single learner, ready to take so many steps in the calling thread."""
+    def train_server(self, server_round: int, adapter: Arrays, frozen: Arrays) -> TrainResult:
+        """Train on the server's own rows as a client does on its own."""
         with self._lock:
-            model, rows = self._adaptable_model(frozen), self._encode(self._data.train)
+            model, rows = self._adaptable_model(frozen), self._encode(self._data.server)
+        seed = (self._config.partition.seed, server_round, self._config.partition.num_clients)  # no client's
+        learner = ClientRows(rows, seed)
+        train = functools.partial(train_cohort, model, _tensors(adapter), [learner], self._config.train)
+        (result,) = self._lanes.submit(train, beside=1).result()
+        return result
+
+    def train_centrally(self, adapter: Arrays, frozen: Arrays, num_steps: int) -> Training:
+        """All rows of `central-rows` in one learner's hands, ready to take so many steps in the calling thread."""
+        with self._lock:
+            parts = {"clients": self._data.train, "server": self._data.server}
+            model, rows = self._adaptable_model(frozen), self._encode(parts[self._config.trainer.central_rows])
         self._lanes.take_share(1)
         config = replace(self._config.train, local_steps=num_steps, local_epochs=0)
         learner = ClientRows(rows, seed=(self._config.partition.seed,))

@@ -19,6 +19,7 @@ class FederationConfig:
         num_server_rounds: rounds (paper: 20).
         cohort_size: most clients trained in one batch.
         weighting: `uniform` (paper), `num-examples` or `gate-mass` (see `strategies.mops.MoPs`).
+        server_weight: what the server's own training counts beside the clients', in clients; 0: it does not train.
         evaluate_every: rounds between two evaluations; the start and the last round are always evaluated.
         output_dir: the run's folder; empty: `runs/<dataset>-<method>-<UTC time>`.
         resume: go on from the last complete round in `output_dir`.
@@ -28,12 +29,15 @@ class FederationConfig:
     num_server_rounds: int
     cohort_size: int
     weighting: str
+    server_weight: float
     evaluate_every: int
     output_dir: str
     resume: bool
 
     def __post_init__(self) -> None:
         require_choice("weighting", self.weighting, WEIGHTINGS)
+        if not 0 <= self.server_weight < float("inf"):
+            raise InputError(f"`server-weight` is {self.server_weight}; it must be a number of at least 0.")
         for name in ("clients_per_round", "num_server_rounds", "cohort_size", "evaluate_every"):
             require_at_least(name.replace("_", "-"), getattr(self, name), 1)
 

@@ -10,7 +10,7 @@ from experiments.checkpoint import Checkpoint
 from experiments.config import ExperimentConfig
 from experiments.run import Run
 from mops_fl.config import Scalar
-from mops_fl.payload import from_record, to_record
+from mops_fl.payload import TrainResult, from_record, to_record
 from strategies.registry import STRATEGIES
 from strategies.sampling import ClientSampler
 
@@ -43,12 +43,18 @@ class FederatedRun(Run):
 
     def _train(self, checkpoint: Checkpoint) -> None:
         federation, rounds_done = self._config.federation, self._progress.rounds_done
+
+        def server(server_round: int, arrays: ArrayRecord) -> TrainResult:
+            return self._trainer.train_server(server_round, from_record(arrays), checkpoint.frozen)
+
         strategy = STRATEGIES[self._config.client.adapter.method](
             self._sampler,
             weighting=federation.weighting,
             frozen=to_record(checkpoint.frozen),
             rounds_done=rounds_done,
             on_round=self._after_training,
+            server=server if federation.server_weight else None,
+            server_weight=federation.server_weight,
         )
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> None:

@@ -15,11 +15,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from mops_fl.errors import InputError
-from mops_fl.payload import METRICS, check_result, encode_request
+from mops_fl.payload import METRICS, TrainResult, check_result, encode_request, encode_result
 from strategies.sampling import ClientSampler
 
 WEIGHTINGS = ("uniform", "num-examples", "gate-mass")
-_WEIGHT = "weight"
+WEIGHT = "weight"
 
 
 class RoundError(RuntimeError):
@@ -45,6 +45,10 @@ class RoundReport:
     bytes_up: int
 
 
+# (round, global adapter) -> what came of training on it.
+Participant = Callable[[int, ArrayRecord], TrainResult]
+
+
 class FedPrompt(FedAvg):
     """FedAvg of soft prompts (paper, Section 4: the federated baseline), and of any other adapter."""
 
@@ -56,6 +60,8 @@ class FedPrompt(FedAvg):
         frozen: ArrayRecord,
         rounds_done: int,
         on_round: Callable[[RoundReport], None],
+        server: Participant | None = None,
+        server_weight: float = 0.0,
     ) -> None:
         """Set the strategy up.
 
@@ -65,13 +71,17 @@ class FedPrompt(FedAvg):
             frozen: the input prompts, sent along with every message.
             rounds_done: rounds that an earlier process did; the next one is called `rounds_done + 1`.
             on_round: told about each round's replies.
+            server: trains on the server's own rows in every round, beside the clients; None if it does not.
+            server_weight: what it counts in the average, in clients of its size.
         """
-        super().__init__(fraction_evaluate=0.0, weighted_by_key=_WEIGHT, train_metrics_aggr_fn=sum_metrics)
+        super().__init__(fraction_evaluate=0.0, weighted_by_key=WEIGHT, train_metrics_aggr_fn=sum_metrics)
         self._sampler = sampler
         self._weighting = weighting
         self._frozen = frozen
         self._rounds_done = rounds_done
         self._on_round = on_round
+        self._server = server
+        self._server_weight = server_weight
         self._sent = ArrayRecord()
         self._asked: dict[int, int] = {}  # node id -> partition id
         self._bytes_down = 0
@@ -114,8 +124,11 @@ class FedPrompt(FedAvg):
             raise RoundError(f"Round {number} had no usable reply from {len(failures)} clients. {reasons[0]}")
         bytes_up = sum(num_bytes(reply.content) for reply in usable)
         for reply in usable:
-            metrics = reply.content.metric_records[METRICS]
-            metrics[_WEIGHT] = metrics["num-examples"] if self._weighting == "num-examples" else 1
+            self._weigh(reply.content, 1.0)
+        if self._server:
+            own = encode_result(self._server(number, self._sent))
+            self._weigh(own, self._server_weight)
+            usable.append(Message(own, dst_node_id=0, message_type=MessageType.TRAIN))
         arrays, totals = super().aggregate_train(server_round, usable)
         if arrays is not None and totals is not None:
             arrays = self.adjust(arrays, [reply.content for reply in usable])
@@ -140,6 +153,10 @@ class FedPrompt(FedAvg):
     def num_experts(self, arrays: ArrayRecord) -> int:
         """Experts whose use a reply must report: none, without a gate."""
         return 0
+
+    def _weigh(self, content: RecordDict, factor: float) -> None:
+        metrics: Any = content.metric_records[METRICS]
+        metrics[WEIGHT] = factor * (metrics["num-examples"] if self._weighting == "num-examples" else 1)
 
     def _failure(self, reply: Message | None) -> str | None:
         """Why a reply cannot be used, None if it can."""

@@ -4,7 +4,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from mops_fl.payload import ARRAYS, METRICS
-from strategies.fedprompt import FedPrompt
+from strategies.fedprompt import WEIGHT, FedPrompt
 
 
 class MoPs(FedPrompt):
@@ -23,7 +23,8 @@ class MoPs(FedPrompt):
         """With the weighting `gate-mass`, the average of each expert's prompts by the clients' use of it."""
         if self._weighting != "gate-mass":
             return average
-        mass = np.array([content.metric_records[METRICS]["gate-mass"] for content in contents])  # (clients, experts)
+        metrics = [dict(content.metric_records[METRICS]) for content in contents]
+        mass = np.array([np.multiply(one["gate-mass"], one[WEIGHT]) for one in metrics])  # (clients, experts)
         unused = mass.sum(0) == 0
         weights = np.where(unused, 1.0, mass) / np.where(unused, len(mass), mass.sum(0))
         prompts = np.stack([content.array_records[ARRAYS]["prompts"].numpy() for content in contents])

@@ -191,3 +191,20 @@ def test_other_input_prompts_make_another_request(trainer):
     start = trainer.prepare()
     other_prompts = start.frozen[INPUT_PROMPTS] + np.float32(0.5)
     assert bits(trainer.train(0, request(start))) != bits(trainer.train(0, request(start, input_prompts=other_prompts)))
+
+
+def test_server_trains_on_its_own_rows_anew_in_each_round(trainer):
+    start = trainer.prepare()
+    first, again, second = (trainer.train_server(number, start.adapter, start.frozen) for number in (1, 1, 2))
+    assert first.num_examples == trainer.setting().rows["server"] == 35
+    assert bits(first) == bits(again) != bits(second)
+
+
+@pytest.mark.parametrize(("rows", "count"), [("clients", 189), ("server", 35)])
+def test_central_training_learns_from_the_rows_it_is_told_to(run_config, rows, count):
+    trainer = Trainer(run_config({"central-rows": rows}))
+    start = trainer.prepare()
+    training = trainer.train_centrally(start.adapter, start.frozen, 3)
+    training.advance(3)
+    (result,) = training.results()
+    assert (result.num_examples, result.num_steps) == (count, 3)

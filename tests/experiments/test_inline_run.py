@@ -161,3 +161,11 @@ def test_failing_client_is_left_out_counted_and_shown_once(run_config, tmp_path,
     shown = capsys.readouterr().out
     assert shown.count("OSError: disk on fire") == 1
     assert shown.count("as above") == 1
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_server_beside_the_clients_trains_as_one_more(run_config, tmp_path, complete):
+    folder = run(run_config, tmp_path / "run", server_weight=1.0, evaluate_every=1)
+    assert folder.summary["client_steps"] == complete.summary["client_steps"] * 4 // 3  # three clients and the server
+    assert folder.summary["bytes_up"] == complete.summary["bytes_up"]
+    assert adapter_bits(folder) != adapter_bits(complete)

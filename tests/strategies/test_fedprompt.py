@@ -152,3 +152,24 @@ def test_metrics_are_summed_name_by_name_and_lists_place_by_place():
     totals = sum_metrics(contents, "weight")
     assert dict(totals) == {"a": 3, "b": 0.75, "c": [1.5, 0.0]}
     assert type(totals["a"]) is int
+
+
+def test_server_takes_part_with_its_weight(ask):
+    told = []
+
+    def server(server_round, arrays):
+        told.append((server_round, values(arrays)))
+        return result((10.0, 20.0), 5.0, num_examples=8)
+
+    # (-1 - 1 + 2 * 10) / 4 and so on; by rows the server counts 2 * 8, the clients 3 and 4.
+    for weighting, expected in (("uniform", [4.5, 8.75]), ("num-examples", [153 / 23, 302 / 23])):
+        asked = ask(FedPrompt, START, num_clients=2, weighting=weighting)
+        asked.strategy._server, asked.strategy._server_weight = server, 2.0
+        replies = [
+            asked.reply(0, result((-1.0, -2.0), num_examples=3)),
+            asked.reply(1, result((-1.0, -3.0), num_examples=4)),
+        ]
+        arrays, totals = asked.strategy.aggregate_train(1, replies)
+        np.testing.assert_allclose(arrays["prompts"].numpy()[0], expected, rtol=1e-6)
+        assert totals["num-examples"] == 3 + 4 + 8
+    assert told == [(1, {"prompts": [[0.0, 0.0]], "bias": [0.0]})] * 2
