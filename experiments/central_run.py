@@ -30,7 +30,7 @@ class CentralRun(Run):
             training.advance(segment)
             (result,) = training.results()
             totals = dict(encode_result(result).metric_records[METRICS])
-            self._after_training(RoundReport(number, totals, failures=(), bytes_down=0, bytes_up=0))
+            self._after_training(RoundReport(number, totals, drift={}, failures=(), bytes_down=0, bytes_up=0))
             self._after_round(result.adapter, checkpoint.frozen)
 
 

@@ -107,6 +107,8 @@ class Run(ABC):
         self._log("train", "loss", totals["loss-sum"] / totals["num-tokens"])
         self._log("train", "tokens-per-second", totals["num-tokens"] / seconds)
         self._log("train", "failures", len(report.failures))
+        for name, value in report.drift.items():
+            self._log("train", name, value)
         for expert, mass in enumerate(totals["gate-mass"]):
             self._log("train", f"gate-mass-expert-{expert}", mass)
         self._display.round(report, progress.client_steps, seconds)

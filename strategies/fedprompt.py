@@ -13,9 +13,10 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
+from numpy.typing import NDArray
 
 from mops_fl.errors import InputError
-from mops_fl.payload import METRICS, TrainResult, check_result, encode_request, encode_result
+from mops_fl.payload import ARRAYS, METRICS, TrainResult, check_result, encode_request, encode_result, from_record
 from strategies.sampling import ClientSampler
 
 WEIGHTINGS = ("uniform", "num-examples", "gate-mass")
@@ -33,6 +34,7 @@ class RoundReport:
     Attributes:
         server_round: round, from 1.
         totals: sums over the usable replies of every metric in `mops_fl.payload`.
+        drift: how far the participants ended from each other, see `FedPrompt.drift`.
         failures: one text for each client without a usable reply.
         bytes_down: arrays sent to the clients.
         bytes_up: arrays received from them.
@@ -40,6 +42,7 @@ class RoundReport:
 
     server_round: int
     totals: Mapping[str, Any]
+    drift: Mapping[str, float]
     failures: tuple[str, ...]
     bytes_down: int
     bytes_up: int
@@ -131,13 +134,20 @@ class FedPrompt(FedAvg):
             usable.append(Message(own, dst_node_id=0, message_type=MessageType.TRAIN))
         arrays, totals = super().aggregate_train(server_round, usable)
         if arrays is not None and totals is not None:
-            arrays = self.adjust(arrays, [reply.content for reply in usable])
-            self._on_round(RoundReport(number, dict(totals), reasons, self._bytes_down, bytes_up))
+            contents = [reply.content for reply in usable]
+            arrays = self.adjust(arrays, contents)
+            drift = self.drift([from_record(content.array_records[ARRAYS]) for content in contents])
+            self._on_round(RoundReport(number, dict(totals), drift, reasons, self._bytes_down, bytes_up))
         return arrays, totals
 
     def adjust(self, average: ArrayRecord, contents: list[RecordDict]) -> ArrayRecord:
         """What the round ends with, given the weighted average of the usable replies: that average."""
         return average
+
+    def drift(self, adapters: list[dict[str, NDArray[np.float32]]]) -> dict[str, float]:
+        """Root mean square distance of a participant's numbers from the participants' mean."""
+        squares = {name: np.stack([adapter[name] for adapter in adapters]).var(0) for name in adapters[0]}
+        return {"drift": float(np.sqrt(np.mean(np.concatenate([square.ravel() for square in squares.values()]))))}
 
     def check_reply(self, content: RecordDict, expected: ArrayRecord) -> None:
         """Refuse what must not be averaged in.

@@ -2,6 +2,7 @@
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
+from numpy.typing import NDArray
 
 from mops_fl.payload import ARRAYS, METRICS
 from strategies.fedprompt import WEIGHT, FedPrompt
@@ -18,6 +19,13 @@ class MoPs(FedPrompt):
     def num_experts(self, arrays: ArrayRecord) -> int:
         """One mass for each expert of the gate."""
         return int(arrays["gate.b2"].shape[0])
+
+    def drift(self, adapters: list[dict[str, NDArray[np.float32]]]) -> dict[str, float]:
+        """Beside that of everything, that of each expert's prompts."""
+        num_experts = len(adapters[0]["gate.b2"])
+        variance = np.stack([adapter["prompts"] for adapter in adapters]).var(0).reshape(num_experts, -1)
+        per_expert = {f"drift-expert-{e}": float(np.sqrt(v.mean())) for e, v in enumerate(variance)}
+        return super().drift(adapters) | per_expert
 
     def adjust(self, average: ArrayRecord, contents: list[RecordDict]) -> ArrayRecord:
         """With the weighting `gate-mass`, the average of each expert's prompts by the clients' use of it."""

@@ -51,6 +51,19 @@ def test_expert_that_nobody_used_is_averaged_plainly(ask):
     assert arrays["prompts"].numpy().ravel().tolist() == [0.5, 0.5, 1.0, 2.0]
 
 
+def test_drift_is_the_distance_of_the_clients_from_their_mean_by_expert(ask):
+    start = {"prompts": np.zeros((4, 1), np.float32), "gate.b2": np.zeros(2, np.float32)}
+    asked = ask(MoPs, start, num_clients=2)
+    replies = [
+        asked.reply(0, reply_with_prompts([1, 2, 3, 3], (1.0, 1.0))),
+        asked.reply(1, reply_with_prompts([1, 2, 5, 9], (1.0, 1.0))),
+    ]
+    asked.strategy.aggregate_train(1, replies)
+    # The second expert's prompts are 1 and 3 from their mean; beside them and the first's are two numbers of the gate.
+    expected = {"drift": np.sqrt((1 + 9) / 6), "drift-expert-0": 0.0, "drift-expert-1": np.sqrt((1 + 9) / 2)}
+    assert asked.reports[0].drift == pytest.approx(expected)
+
+
 def test_equal_use_is_the_plain_mean(ask):
     start = {"prompts": np.zeros((4, 1), np.float32), "gate.b2": np.zeros(2, np.float32)}
     results = [reply_with_prompts(np.arange(4) * (i + 1), (1.5, 0.5)) for i in range(3)]
