@@ -1,10 +1,11 @@
-"""How far a client trained in a cohort ends from the same client trained alone, in float32 and in bfloat16.
+"""How far a client trained in a cohort ends from the same client trained alone, by number format.
 
     python -m benchmarks.cohort_rounding [--repeats N] [--json FILE]
 
 In exact arithmetic there is no difference. Matrix products of another height add up in another order, and bfloat16
-keeps eight bits of each sum. Five MoPs steps of three clients with rows of their own; each repetition has other rows.
-For comparison: how far the same training on one thread ends from the one on all threads.
+keeps eight bits of each sum; LLM.int8 chooses the columns that it does not round over all rows of a call. Five MoPs
+steps of three clients with rows of their own; each repetition has other rows. For comparison: how far the same
+training on one thread ends from the one on all threads.
 """
 
 from collections.abc import Sequence
@@ -34,9 +35,9 @@ def main() -> None:
     state = initial_state(ADAPTER, prompts, torch.Generator().manual_seed(0))
     lanes = Lanes.of_this_machine()
     figures = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype, quantization in (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8")):
         model = PromptedModel(
-            Backbone.load(BackboneConfig(BACKBONE, "none", "none", dtype)), ADAPTER, prompts, StateCache(1 << 30)
+            Backbone.load(BackboneConfig(BACKBONE, "none", quantization, dtype)), ADAPTER, prompts, StateCache(1 << 30)
         )
         cohort: dict[str, list[float]] = {"prompts": [], "loss": []}
         threads: dict[str, list[float]] = {"prompts": [], "loss": []}
@@ -54,9 +55,10 @@ def main() -> None:
             for kept, others in ((cohort, alone), (threads, one_thread)):
                 kept["prompts"].append(prompt_distance(together, others) / moved)
                 kept["loss"].append(loss_distance(together, others))
+        weights = dtype if quantization == "none" else f"{dtype}, {quantization}"
         for name, kept in (("cohort and alone", cohort), ("all threads and one", threads)):
-            figures.append(Figure(f"{dtype}, {name}: prompts", "of the way moved", kept["prompts"]))
-            figures.append(Figure(f"{dtype}, {name}: training loss", "relative", kept["loss"]))
+            figures.append(Figure(f"{weights}, {name}: prompts", "of the way moved", kept["prompts"]))
+            figures.append(Figure(f"{weights}, {name}: training loss", "relative", kept["loss"]))
     report("Rounding of a cohort", figures, options.json)
 
 

@@ -65,7 +65,7 @@ class ClientConfig:
             InputError: a key is missing or holds a bad value.
         """
         try:
-            return cls(
+            config = cls(
                 backbone=read_section(BackboneConfig, run_config),
                 data=read_section(DataConfig, run_config),
                 adapter=read_section(AdapterConfig, run_config),
@@ -78,6 +78,9 @@ class ClientConfig:
             raise
         except ValueError as error:
             raise InputError(str(error)) from error
+        if config.adapter.prompt_init == "transformed" and not config.pretrain.input_prompts:
+            raise InputError("`prompt-init` is 'transformed', but `input-prompts` is false; change one of them.")
+        return config
 
     @staticmethod
     def keys() -> set[str]:

@@ -132,12 +132,14 @@ class PretrainConfig:
     """What the server trains on its own rows before round 1.
 
     Attributes:
+        input_prompts: whether there are any input prompts P1 (paper: yes).
         input_prompt_steps: steps on the input prompts P1 (paper: 20).
         input_prompt_lr: their Adam learning rate.
         gate_epochs: passes over the server's instructions when the gate learns the tasks; 0 leaves it random.
         gate_lr: its Adam learning rate.
     """
 
+    input_prompts: bool
     input_prompt_steps: int
     input_prompt_lr: float
     gate_epochs: int

@@ -25,7 +25,7 @@ class Pretrained:
     """Where round 1 starts.
 
     Attributes:
-        input_prompts: `(K, D)` float32 P1, frozen from here on.
+        input_prompts: `(K, D)` float32 P1, or `(0, D)`, frozen from here on.
         adapter: initial expert prompts and, for MoPs, the pretrained gate.
         gate_accuracy: share of the server's rows whose own expert gets the highest score; None without a gate or
             without server rows.
@@ -54,10 +54,11 @@ def pretrain(
         generator: the only source of randomness.
         spread: runs the frozen layers over many rows.
     """
-    prompts = sample_token_embeddings(backbone, adapter_config.num_prompts, generator)
+    num_prompts = adapter_config.num_prompts if config.input_prompts else 0
+    prompts = sample_token_embeddings(backbone, num_prompts, generator)
     no_cache = StateCache(0)
     model = PromptedModel(backbone, adapter_config, prompts, no_cache)
-    if rows:
+    if rows and num_prompts:
         prompts = train_input_prompts(model, rows, config, generator)
         model = PromptedModel(backbone, adapter_config, prompts, no_cache)
     state = initial_state(adapter_config, initial_prompts(model, adapter_config, generator), generator)

@@ -157,3 +157,9 @@ def test_gate_mass_needs_a_gate(run_config):
             ExperimentConfig.from_run_config(run_config({"method": method, "weighting": "gate-mass"}))
     config = ExperimentConfig.from_run_config(run_config({"weighting": "gate-mass"}))
     assert config.federation.weighting == "gate-mass"
+
+
+def test_prompts_cannot_start_from_input_prompts_that_are_not_there(run_config):
+    changes = {"prompt-init": "transformed", "input-prompts": False}
+    with pytest.raises(InputError, match="`prompt-init` is 'transformed', but `input-prompts` is false"):
+        ExperimentConfig.from_run_config(run_config(changes))

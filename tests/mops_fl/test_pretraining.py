@@ -14,7 +14,13 @@ TASKS = 3
 
 
 def pretrain_config(**changes):
-    values = {"input_prompt_steps": 3, "input_prompt_lr": 0.05, "gate_epochs": 60, "gate_lr": 0.02}
+    values = {
+        "input_prompts": True,
+        "input_prompt_steps": 3,
+        "input_prompt_lr": 0.05,
+        "gate_epochs": 60,
+        "gate_lr": 0.02,
+    }
     return PretrainConfig(**{**values, **changes})
 
 
@@ -210,3 +216,17 @@ def test_random_prompts_spread_like_the_token_embeddings(build, adapter_config):
     assert prompts.shape == (200, 32)
     assert prompts.std().item() == pytest.approx(model.backbone.embedding_weight.std().item(), rel=0.05)
     assert prompts.mean().abs() < 0.02
+
+
+@pytest.mark.parametrize("method", ["mops", "fedprompt"])
+def test_without_input_prompts_there_are_none_and_the_rest_is_as_ever(method, tiny_backbone, adapter_config, rows):
+    config = adapter_config(method=method)
+    start = pretrain(tiny_backbone, rows, config, pretrain_config(input_prompts=False), seeded())
+    assert start.input_prompts.shape == (0, 32)
+    assert start.adapter["prompts"].shape == (6, 32)
+    assert (start.gate_accuracy or 0) > 0.9 or method == "fedprompt"
+    model = PromptedModel(tiny_backbone, config, start.input_prompts, StateCache(0))
+    # Nothing stands before the tokens: their states are those of the plain model's lower layers.
+    row = rows[0]
+    expected = tiny_backbone.run_layers(tiny_backbone.embed(row.token_ids), [len(row.token_ids)], 0, 2)
+    assert torch.equal(model.row_states([row])[0].tokens, expected)
