@@ -57,9 +57,7 @@ def train_cohort(
         InputError: not even one client fits into memory.
     """
     try:
-        training = Training(model, state, clients, config)
-        training.advance(config.local_steps)
-        return training.results()
+        return _train_together(model, state, clients, config)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
@@ -74,6 +72,14 @@ def train_cohort(
     half = len(clients) // 2
     parts = (clients[:half], clients[half:])
     return [result for part in parts for result in train_cohort(model, state, part, config)]
+
+
+def _train_together(
+    model: AdaptableModel, state: AdapterState, clients: Sequence[ClientRows], config: TrainConfig
+) -> list[TrainResult]:
+    training = Training(model, state, clients, config)
+    training.advance(config.local_steps)
+    return training.results()
 
 
 class Training:

@@ -151,15 +151,15 @@ def _raise_on_signals() -> None:
         signal.signal(number, stop)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("flower-simulation", description="Simulate a federation on this machine.")
+def app_options() -> argparse.ArgumentParser:
+    """The options of every command that runs an app: which, on what data, with which values."""
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--app", required=True, metavar="NAME", help="experiments.dolly, .dolly.fedprompt, .super_ni, or a folder"
     )
     parser.add_argument(
         "--data", type=Path, metavar="PATH", help="a file of rows, or a folder of task files (see data-path)"
     )
-    parser.add_argument("--num-supernodes", type=int, metavar="N", help="virtual clients (default: num-clients)")
     parser.add_argument(
         "-c",
         "--run-config",
@@ -168,6 +168,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help='"key=value key=value" or a TOML file; may be repeated',
     )
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "flower-simulation", parents=[app_options()], description="Simulate a federation on this machine."
+    )
+    parser.add_argument("--num-supernodes", type=int, metavar="N", help="virtual clients (default: num-clients)")
     parser.add_argument(
         "--backend",
         choices=sorted(_BACKENDS),

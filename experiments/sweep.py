@@ -61,8 +61,10 @@ class Planned:
         if not (self.folder / CONFIG).is_file():
             return None
         found = RunFolder.open(self.folder)
-        for key, value in self.values.items():
-            if key not in ("output-dir", "data-path", "backbone", "resume") and found.config.get(key, value) != value:
+        local = Path(str(self.values["backbone"]))
+        wanted = {**self.values, "backbone": str(local.absolute())} if local.is_dir() else self.values
+        for key, value in wanted.items():
+            if key not in ("output-dir", "data-path", "resume") and found.config.get(key, value) != value:
                 raise InputError(
                     f"{self.folder} was made with {key} = {found.config[key]!r}, the sweep says {value!r}; "
                     "move that folder away, or change the sweep."

@@ -75,10 +75,10 @@ def _run_all(sweep: Sweep, chosen: Sequence[Planned], states: dict[Path, str], d
             began = time.monotonic()
             say(one, "running")
             code = _run_one(sweep, one, states[one.folder], data)
-            states[one.folder] = "complete" if code == 0 else f"failed, see {_log(one)}"
+            ended = "interrupted" if code >= SIGNALLED else f"failed, see {_log(one)}"
+            states[one.folder] = ended if code else "complete"
             say(one, f"{states[one.folder]}, {(time.monotonic() - began) / 60:.1f} min")
             if code >= SIGNALLED:
-                states[one.folder] = "interrupted"
                 return code
     return int(any(states[one.folder] != "complete" for one in chosen))
 
@@ -114,22 +114,23 @@ class _Say:
 
     def __init__(self, console: Console, runs: Sequence[Planned], states: dict[Path, str]) -> None:
         self._console = console
-        self._runs = runs
-        self._shown = dict(states)
+        self._rows = {one.folder: self._row(one, states[one.folder]) for one in runs}
 
     def __call__(self, one: Planned, state: str) -> None:
-        self._shown[one.folder] = state
+        self._rows[one.folder] = self._row(one, state)
         if not self._console.is_terminal:
             self._console.print(f"{one.folder.name}: {state}", markup=False, highlight=False, soft_wrap=True)
 
     def __rich__(self) -> Table:
         table = Table("row", "method", "seed", "status", "perplexity")
-        for one in self._runs:
-            state = self._shown[one.folder]
-            found = one.find() if state.startswith("complete") else None
-            perplexity = f"{found.results()['perplexity'][ALL_TASKS]:.2f}" if found else ""
-            table.add_row(one.row, one.method, str(one.seed), state, perplexity)
+        for row in self._rows.values():
+            table.add_row(*row)
         return table
+
+    def _row(self, one: Planned, state: str) -> tuple[str, ...]:
+        found = one.find() if state.startswith("complete") else None
+        perplexity = f"{found.results()['perplexity'][ALL_TASKS]:.2f}" if found else ""
+        return one.row, one.method, str(one.seed), state, perplexity
 
 
 @contextlib.contextmanager

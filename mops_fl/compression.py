@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +26,8 @@ from mops_fl.config import BackboneConfig, DataConfig
 from mops_fl.data import Row, TaskData
 from mops_fl.encoding import EncodedRow, RowEncoder
 from mops_fl.errors import InputError
-from mops_fl.evaluation import packed_batches
+from mops_fl.evaluation import evaluate_bare
 from mops_fl.fetch import staged
-from mops_fl.model import packed_losses
 from mops_fl.pruning import Progress, decoder_linears, prune
 from mops_fl.recipe import PruningRecipe
 from mops_fl.sources import resolve_backbone
@@ -90,7 +88,7 @@ def compress(
         return target
 
     measured = _encode(tokenizer, data_config, data.tasks, measured_rows)
-    before = _perplexity(folder, measured)
+    before = _perplexity(folder, measured, data.tasks)
     progress(f"dense: perplexity {before:.2f} on {len(measured)} rows of the server's that are not calibrated on")
     with staged(target, COMPRESSION_RECEIPT) as scratch:
         started = time.monotonic()
@@ -99,7 +97,7 @@ def compress(
         model = _with_weights(folder, weights)
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        after = _perplexity(scratch, measured)
+        after = _perplexity(scratch, measured, data.tasks)
         progress(f"pruned: perplexity {after:.2f} on the same rows, after {seconds:.0f} s")
         receipt = {
             "key": key,
@@ -185,19 +183,10 @@ def _encode(tokenizer: Any, config: DataConfig, tasks: tuple[str, ...], rows: li
     return [encoder.encode(row) for row in rows]
 
 
-@torch.no_grad()
-def _perplexity(folder: Path, rows: list[EncodedRow]) -> float:
+def _perplexity(folder: Path, rows: list[EncodedRow], tasks: tuple[str, ...]) -> float:
     """Of the model in `folder` without prompts, in the dtype that runs take on this machine."""
     backbone = Backbone.load(BackboneConfig(str(folder), compression="none", quantization="none", dtype="auto"))
-    loss_sum = num_tokens = 0.0
-    for batch in packed_batches(rows):
-        lengths = [len(row.token_ids) for row in batch]
-        hidden = backbone.embed(torch.cat([row.token_ids for row in batch]).to(backbone.device))
-        hidden = backbone.run_layers(hidden, lengths, 0, backbone.num_layers)
-        row_losses, row_tokens = packed_losses(backbone, hidden, lengths, batch)
-        loss_sum += row_losses.sum().item()
-        num_tokens += row_tokens.sum().item()
-    return math.exp(loss_sum / num_tokens)
+    return evaluate_bare(backbone, rows, tasks).perplexity()["all"]
 
 
 @torch.no_grad()
