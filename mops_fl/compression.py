@@ -105,14 +105,7 @@ def compress(
             "backbone": backbone,
             "fingerprint": fingerprint(folder),
             "versions": {name: version(name) for name in VERSIONS_THAT_MATTER},
-            "calibration": {
-                "data": data.description,
-                "data-seed": data_config.data_seed,
-                "rows": len(token_ids),
-                "tokens": sum(len(row) for row in token_ids),
-                "max-length": calibration.max_length,
-                "row-ids": [row.row_id for row in calibration_rows],
-            },
+            "calibration": _describe_calibration(data, data_config, calibration, calibration_rows, token_ids),
             "perplexity": {"before": before, "after": after, "rows": len(measured)},
             "seconds": round(seconds, 1),
             "warnings": warnings,
@@ -170,6 +163,23 @@ def inspect_weights(model: nn.Module, recipe: PruningRecipe) -> dict[str, Any]:
         "sparsity": num_zeros / num_weights,
         "bytes": {"dense": dense_bytes, "sparse": dense_bytes - saved_bytes},
         "layers": layers,
+    }
+
+
+def _describe_calibration(
+    data: TaskData,
+    data_config: DataConfig,
+    calibration: Calibration,
+    rows: Sequence[Row],
+    token_ids: Sequence[Tensor],
+) -> dict[str, Any]:
+    return {
+        "data": data.description,
+        "data-seed": data_config.data_seed,
+        "rows": len(rows),
+        "tokens": sum(map(len, token_ids)),
+        "max-length": calibration.max_length,
+        "row-ids": [row.row_id for row in rows],
     }
 
 

@@ -1,13 +1,16 @@
-"""A small but complete run folder, fabricated by the API that the training side uses."""
+"""Fixtures for commands and run folders: what a command changes in this process, and a fabricated run."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from experiments import run as run_module
 from experiments.run_folder import RunFolder
 
 TASKS = [
@@ -23,6 +26,19 @@ ROUNDS = (0, 5, 10, 15, 20)
 STEPS_PER_ROUND = 20
 
 MakeRun = Callable[..., RunFolder]
+
+
+@pytest.fixture
+def command_in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For commands run inside the test: no report; signal handlers and log levels are put back."""
+    monkeypatch.setattr(run_module, "write_report", lambda folder: folder.path / "report.html")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    loggers = {name: logging.getLogger(name).level for name in ("flwr", "mops_fl")}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for name, level in loggers.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture

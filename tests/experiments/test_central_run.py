@@ -1,27 +1,13 @@
 import json
-import logging
-import signal
 
 import pytest
 
-from experiments import run as run_module
 from experiments import simulation
 from experiments.cli import main
 from experiments.run_folder import RunFolder
 from mops_fl.methods import METHODS
 
-
-@pytest.fixture(autouse=True)
-def _surroundings(monkeypatch):
-    """No report; signal handlers and log levels are put back."""
-    monkeypatch.setattr(run_module, "write_report", lambda folder: folder.path / "report.html")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    loggers = {name: logging.getLogger(name).level for name in ("flwr", "mops_fl")}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for name, level in loggers.items():
-        logging.getLogger(name).setLevel(level)
+pytestmark = pytest.mark.usefixtures("command_in_process")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 import tomli_w
 
 from clients import resident
-from experiments import run as run_module
 from experiments import simulation
 from experiments.app_folder import AppFolder
 from experiments.run_folder import RunFolder
@@ -16,15 +15,7 @@ from experiments.runtimes import run_inline
 from mops_fl.adapter_folder import load_adapter
 from strategies.fedprompt import FedPrompt
 
-
-@pytest.fixture(autouse=True)
-def _surroundings(monkeypatch):
-    """No report; SIGINT's handler is put back."""
-    monkeypatch.setattr(run_module, "write_report", lambda folder: folder.path / "report.html")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("command_in_process")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """`flower-simulation`, inline: what it prints, what it returns, what it leaves."""
 
 import json
-import logging
 import os
 import signal
 
@@ -9,26 +8,12 @@ import pytest
 import tomli_w
 
 from clients import trainer
-from experiments import run as run_module
 from experiments import simulation
 from experiments.cli import main
 from experiments.run_folder import RunFolder
 from strategies.fedprompt import FedPrompt
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@pytest.fixture(autouse=True)
-def _surroundings(monkeypatch):
-    """No report; signal handlers and log levels are put back."""
-    monkeypatch.setattr(run_module, "write_report", lambda folder: folder.path / "report.html")
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    loggers = {name: logging.getLogger(name).level for name in ("flwr", "mops_fl")}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for name, level in loggers.items():
-        logging.getLogger(name).setLevel(level)
+pytestmark = pytest.mark.usefixtures("command_in_process")
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 import json
-import logging
 import signal
 from pathlib import Path
 
@@ -18,17 +17,7 @@ from mops_fl.errors import InputError
 TABLES = sorted((Path(experiments.__file__).parent / "tables").glob("*.toml"))
 
 
-@pytest.fixture(autouse=True)
-def _surroundings(monkeypatch):
-    """No report; signal handlers and log levels are put back."""
-    monkeypatch.setattr(run_module, "write_report", lambda folder: folder.path / "report.html")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    loggers = {name: logging.getLogger(name).level for name in ("flwr", "mops_fl")}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for name, level in loggers.items():
-        logging.getLogger(name).setLevel(level)
+pytestmark = pytest.mark.usefixtures("command_in_process")
 
 
 @pytest.fixture
