@@ -37,12 +37,7 @@ class RowStates:
 
 
 class StateCache:
-    """Row id -> `RowStates`, safe to use from many threads.
-
-    Attributes:
-        hits: look-ups that found their row.
-        misses: look-ups that did not.
-    """
+    """Row id -> `RowStates`, safe to use from many threads."""
 
     def __init__(self, memory_bytes: int, file_bytes: int = 0) -> None:
         """An empty cache.
@@ -51,8 +46,6 @@ class StateCache:
             memory_bytes: most bytes kept where the rows were computed (on a GPU: in its memory).
             file_bytes: most bytes of tokens kept in a file beyond that; its blocks are claimed as they are needed.
         """
-        self.hits = 0
-        self.misses = 0
         self._lock = threading.Lock()
         self._memory: dict[int, RowStates] = {}
         self._in_file: dict[int, RowStates] = {}
@@ -63,12 +56,9 @@ class StateCache:
     def get(self, row_id: int) -> RowStates | None:
         """The states of a row on the device they were computed on, None if they are not here."""
         with self._lock:
-            found = self._memory.get(row_id)
             mapped = self._in_file.get(row_id)
-            self.hits += found is not None or mapped is not None
-            self.misses += found is None and mapped is None
-        if mapped is None:
-            return found
+            if mapped is None:
+                return self._memory.get(row_id)
         return RowStates(mapped.tokens.to(mapped.pooled.device), mapped.pooled)
 
     def put(self, row_id: int, states: RowStates) -> None:

@@ -34,15 +34,6 @@ def filled(cache, row_ids, **options):
     return cache
 
 
-def test_hits_and_misses_are_counted():
-    cache = StateCache(100)
-    assert cache.get(1) is None
-    filled(cache, [1])
-    assert kept(cache, [1, 2]) == [1]
-    assert kept(cache, [1]) == [1]
-    assert (cache.hits, cache.misses) == (2, 2)
-
-
 @pytest.mark.parametrize(
     ("capacity", "count"), [(0, 0), (ROW_BYTES - 1, 0), (3 * ROW_BYTES, 3), (4 * ROW_BYTES - 1, 3)]
 )
