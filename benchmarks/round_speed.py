@@ -9,6 +9,7 @@ so that ours has to compute their frozen states, and both run on all cores.
 
 import itertools
 import statistics
+import threading
 from collections.abc import Sequence
 
 import peft
@@ -28,6 +29,8 @@ from mops_fl.sources import resolve_backbone
 from mops_fl.state_cache import StateCache
 
 NUM_CLIENTS, NUM_STEPS = 10, 10
+# transformers sets the process-wide default dtype while it loads; Flower would have a process for each client.
+LOADING = threading.Lock()
 LORA = "peft LoRA (r 8, q and v)"
 TRAIN = TrainConfig(lr=0.01, gate_lr_factor=1.0, batch_size=1, local_steps=NUM_STEPS, local_epochs=0)
 
@@ -68,8 +71,9 @@ def resident_round(lanes: Lanes, model: PromptedModel, state: AdapterState, rows
 
 def fresh_client(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
     """One call of one client in the pattern of Flower's example."""
-    model = AutoModelForCausalLM.from_pretrained(resolve_backbone(BACKBONE), dtype=torch.bfloat16)
-    model = peft.get_peft_model(model, PEFT_CONFIGS[LORA]()).train()
+    with LOADING:
+        model = AutoModelForCausalLM.from_pretrained(resolve_backbone(BACKBONE), dtype=torch.bfloat16)
+        model = peft.get_peft_model(model, PEFT_CONFIGS[LORA]()).train()
     peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for row in rows:
