@@ -198,7 +198,8 @@ class Run(ABC):
     def _experts(self) -> dict[str, list[list[str]]]:
         """The tasks each expert was pretrained for; empty where no gate was."""
         adapter = self._config.client.adapter
-        if not METHODS[adapter.method].gated or not self._config.client.pretrain.gate_epochs:
+        learnt = adapter.routing == "nearest" or self._config.client.pretrain.gate_epochs
+        if not METHODS[adapter.method].gated or not learnt:
             return {}
         tasks, num_experts = self._setting.tasks, adapter.num_experts
         return {"experts": [list(tasks[expert::num_experts]) for expert in range(num_experts)]}

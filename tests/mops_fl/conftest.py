@@ -24,7 +24,8 @@ def adapter_config() -> AdapterConfigOf:
     def make(**changes: str | int) -> AdapterConfig:
         values = {
             "method": "mops", "inject_layer": 2, "num_experts": 3, "prompts_per_expert": 2, "gating": "attention",
-            "pooling": "question", "prompt_init": "random", "gate_width": 8, "lora_rank": 2, "lora_alpha": 4.0,
+            "pooling": "question", "prompt_init": "random", "routing": "gate", "gate_width": 8,
+            "gate_temperature": 1.0, "lora_rank": 2, "lora_alpha": 4.0,
         }  # fmt: skip
         return AdapterConfig(**{**values, **changes})
 
