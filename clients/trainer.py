@@ -58,7 +58,8 @@ class Setting:
     """Facts about data and model that only the trainer knows.
 
     Attributes:
-        tasks: task names.
+        tasks: task names, those held out last.
+        trained_tasks: the first of them, those not held out.
         data_description: where the rows come from.
         data_is_sample: whether they are the bundled sample.
         rows: number of rows per part: train, test, server, truncated (of the first three).
@@ -70,6 +71,7 @@ class Setting:
     """
 
     tasks: tuple[str, ...]
+    trained_tasks: tuple[str, ...]
     data_description: str
     data_is_sample: bool
     rows: Mapping[str, int]
@@ -222,6 +224,7 @@ class Trainer:
         train, test, server = (self._encode(part) for part in (data.train, data.test, data.server))
         return Setting(
             tasks=data.tasks,
+            trained_tasks=data.trained_tasks,
             data_description=data.description,
             data_is_sample=data.is_sample,
             rows={

@@ -44,10 +44,14 @@ class Gate(nn.Module):
         Returns:
             `(R, E)`; their softmax is the gate's scores.
         """
-        x = nn.functional.rms_norm(pooled, pooled.shape[-1:]).unflatten(0, (len(self.w1), -1))  # (J, B, D)
-        hidden = (x @ self.w1.mT + self.b1[:, None]).relu()
-        logits: Tensor = hidden @ self.w2.mT + self.b2[:, None]  # (J, B, E)
+        logits: Tensor = self.hidden(pooled) @ self.w2.mT + self.b2[:, None]  # (J, B, E)
         return logits.flatten(0, 1)
+
+    def hidden(self, pooled: Tensor) -> Tensor:
+        """The hidden layer `(J, B, G)` of rows `(R, D)`."""
+        x = nn.functional.rms_norm(pooled, pooled.shape[-1:]).unflatten(0, (len(self.w1), -1))  # (J, B, D)
+        hidden: Tensor = (x @ self.w1.mT + self.b1[:, None]).relu()
+        return hidden
 
 
 class Adapter(nn.Module):

@@ -57,6 +57,7 @@ class DataConfig:
             super-ni: a checkout or a folder of task files; empty: `MOPS_SUPER_NI` or the fetched copy.
         tasks: comma-separated names or patterns of the tasks used, see `mops_fl.task_choice`; empty: the paper's
             seven, and of task files that are others, all.
+        held_out_tasks: those of them, named likewise, that nobody trains on; they are tested all the same.
         data_seed: seed of the draw and of the split, kept apart from `seed` so that runs of several seeds are
             measured on the same test rows.
         num_rows: rows of the protocol, train and test together (paper: 5,000).
@@ -69,6 +70,7 @@ class DataConfig:
     dataset: str
     data_path: str
     tasks: str
+    held_out_tasks: str
     data_seed: int
     num_rows: int
     test_fraction: float

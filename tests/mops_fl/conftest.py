@@ -38,7 +38,8 @@ def data_config() -> DataConfigOf:
 
     def make(**changes: str | int | float) -> DataConfig:
         values = {
-            "dataset": "dolly", "data_path": "", "tasks": "", "data_seed": 0, "num_rows": 100, "test_fraction": 0.1,
+            "dataset": "dolly", "data_path": "", "tasks": "", "held_out_tasks": "",
+            "data_seed": 0, "num_rows": 100, "test_fraction": 0.1,
             "server_rows": 14, "max_length": 1000, "loss_on": "response",
         }  # fmt: skip
         return DataConfig(**{**values, **changes})
