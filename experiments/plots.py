@@ -114,7 +114,7 @@ def plot_gate(run: RunFolder, target: Path) -> bool:
         False, and nothing is written, if the run has no gate.
     """
     metrics = run.metrics()
-    maps = _gate_maps(metrics)
+    maps = gate_maps(metrics)
     if not maps:
         return False
     tasks = task_names(metrics)
@@ -244,7 +244,7 @@ def _draw_bare_model(axes: Axes, metrics: Sequence[Mapping[str, Any]], drawn: Se
         axes.axhline(bare, color="black", linestyle=":", linewidth=1.2, label="bare model, all tasks")
 
 
-def _gate_maps(metrics: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
+def gate_maps(metrics: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
     """Mean gate scores by round: arrays (experts, tasks), NaN where nothing was measured."""
     tasks = {task: column for column, task in enumerate(task_names(metrics))}
     prefix = "gate-expert-"
