@@ -93,8 +93,9 @@ def run(args: argparse.Namespace) -> int:
     evaluation = evaluate(model.adaptable, model.adapter, encoded, data.tasks)
     answers = {} if args.no_generation else answer_rows(model, encoded, args.max_new_tokens, args.batch_size)
     scores = score_answers(answers, data)
+    truncated = sum(row.truncated for row in encoded)
     console = Console()
-    console.print(f"{len(encoded)} {data.description}, {sum(row.truncated for row in encoded)} truncated", markup=False)
+    console.print(f"{len(encoded)} rows, {truncated} truncated: {data.description}", markup=False, soft_wrap=True)
     console.print(_table(evaluation, scores, data))
     if args.json:
         _write(args.json, _to_json(args, evaluation, scores, data, answers))
@@ -125,7 +126,7 @@ def read_rows(path: Path, wanted: str, count: int) -> EvaluatedRows:
     rows = spread_rows([row for row in rows if row.task in tasks], count)
     if not rows:
         raise InputError(f"{path} has no rows; give a file that has some.")
-    return EvaluatedRows(f"rows of {path.name}", tasks, rows)
+    return EvaluatedRows(path.name, tasks, rows)
 
 
 def run_rows(run: Path, data_config: DataConfig, count: int) -> EvaluatedRows:
@@ -144,7 +145,7 @@ def run_rows(run: Path, data_config: DataConfig, count: int) -> EvaluatedRows:
     config = RunFolder.open(run).config
     data = load_task_data(replace(data_config, data_path=str(config["data-path"])))
     rows = data.evaluation_rows(int(config["eval-rows"]))
-    return EvaluatedRows(f"test rows of {data.description}", data.tasks, spread_rows(rows, count))
+    return EvaluatedRows(f"the run's test rows, {data.description}", data.tasks, spread_rows(rows, count))
 
 
 def answer_rows(model: MopsModel, rows: Sequence[EncodedRow], max_new_tokens: int, batch_size: int) -> dict[int, str]:
