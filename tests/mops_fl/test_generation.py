@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from mops_fl.adapter_folder import AdapterDescription, SavedAdapter
@@ -12,6 +12,7 @@ from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
 from mops_fl.mops_model import MopsModel
 from mops_fl.payload import INPUT_PROMPTS
+from mops_fl.routing import Neighbours
 from mops_fl.weights import initial_weights
 
 NUM_NEW = 12
@@ -27,6 +28,8 @@ READINGS = [
     pytest.param({"gating": "embedding"}, id="embedding"),
     pytest.param({"pooling": "all"}, id="pooling-all"),
     pytest.param({"inject_layer": 0}, id="layer-0"),
+    pytest.param({"gate_temperature": 4.0}, id="temperature"),
+    pytest.param({"routing": "nearest"}, id="nearest"),
     pytest.param({"method": "fedprompt"}, id="fedprompt"),
     pytest.param({"method": "lora"}, id="lora"),
     pytest.param({"method": "ia3"}, id="ia3"),
@@ -50,6 +53,10 @@ def make_model(tiny_model, byte_tokenizer, adapter_config, data_config, make_sta
         else:
             state = make_state(config)
         state[INPUT_PROMPTS] = torch.randn(num_input_prompts, 32, generator=generator)
+        if config.routing == "nearest":
+            state = {name: array for name, array in state.items() if not name.startswith("gate.")}
+            keys, experts = torch.randn(5, 32, generator=generator), torch.tensor([0, 1, 2, 0, 1])
+            state |= Neighbours.of(keys, experts, config.num_experts).to_frozen()
         description = AdapterDescription(
             config,
             BackboneConfig("tiny", "none", "none", "float32", "backbone"),
@@ -115,6 +122,19 @@ def test_padded_forward_gives_the_packed_logits(changes, make_model, monkeypatch
         if changes.get("pooling") != "all":
             torch.testing.assert_close(found[-1], expected, rtol=0, atol=1e-4)
     assert logits.shape == (3, 9, 300)
+
+
+@pytest.mark.parametrize("changes", READINGS)
+def test_forward_goes_on_behind_its_cache_one_or_several_tokens_at_a_time(changes, make_model):
+    model = make_model("mistral", 4, **changes)
+    ids = questions((9,))[1]["input_ids"]
+    with torch.no_grad():
+        whole = model(ids, prompt_length=5).logits
+        first = model(ids[:, :5])
+        second = model(ids[:, 5:6], past_key_values=first.past_key_values)
+        third = model(ids[:, 6:], past_key_values=second.past_key_values)
+    parts = torch.cat([part.logits for part in (first, second, third)], 1)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -247,6 +267,8 @@ def test_streaming(make_model):
     ("options", "reason"),
     [
         ({"cache_implementation": "static"}, "its own cache"),
+        ({"generation_config": GenerationConfig(cache_implementation="static")}, "its own cache"),
+        ({"past_key_values": DynamicCache()}, "its own cache"),
         ({"prefill_chunk_size": 4}, "input whole"),
         ({"generation_config": GenerationConfig(prefill_chunk_size=4)}, "input whole"),
     ],
