@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from mops_fl.errors import InputError
 
@@ -25,9 +25,13 @@ def save_adapter(folder: Path, arrays: Arrays, config: Mapping[str, Any]) -> Non
         folder: made if it is not there; files of an earlier adapter are replaced.
         arrays: everything a forward pass needs beside the backbone: the adapter and the input prompts.
         config: how to read them: backbone, method, layer, readings, experts.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
     folder.mkdir(exist_ok=True)
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / _TENSORS)
+    tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    (folder / _TENSORS).write_bytes(save(tensors))
     description = {"format-version": FORMAT_VERSION, **config}
     (folder / _CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 

@@ -5,7 +5,8 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
 from mops_fl.payload import ARRAYS, METRICS
-from strategies.fedprompt import WEIGHT, FedPrompt
+from strategies.fedprompt import FedPrompt
+from strategies.totals import WEIGHT
 
 
 class MoPs(FedPrompt):
