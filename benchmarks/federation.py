@@ -1,12 +1,10 @@
 """One small federation on the real model and data, run again and again from the same start with other rules."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from numpy.typing import NDArray
 
 from clients import client_app
 from clients.resident import connect
@@ -14,7 +12,7 @@ from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
 from experiments.runtimes import inline_grid
 from mops_fl.config import Scalar
-from mops_fl.payload import ARRAYS, Arrays, ReplyLimits, from_record, to_record
+from mops_fl.payload import ARRAYS, ReplyLimits, from_record, to_record
 from strategies.aggregation import Aggregate
 from strategies.fedprompt import Acceptance, RoundReport
 from strategies.registry import STRATEGIES
@@ -22,9 +20,6 @@ from strategies.sampling import ClientSampler
 
 # Small enough that a dozen of these federations are run in a quarter of an hour on two cores.
 SMALL: dict[str, Scalar] = {"server-rows": 210, "eval-rows": 70, "max-length": 128, "num-server-rounds": 3}
-
-# (client's own update, name -> difference to the global adapter; a generator) -> what it claims instead.
-Attack = Callable[[Arrays, np.random.Generator], Arrays]
 
 
 @dataclass(frozen=True)
@@ -85,25 +80,18 @@ class Federation:
         return self._trainer.evaluate(self._start.adapter, self._start.frozen).perplexity()["all"]
 
 
-def hostile_app(num_hostile: int, attack: Attack) -> ClientApp:
-    """The usual ClientApp, but the first `num_hostile` clients replace their update."""
+def hostile_app(num_hostile: int, factor: float) -> ClientApp:
+    """The usual ClientApp, but the first `num_hostile` clients send `factor` times their update."""
     app = ClientApp()
     app.query()(client_app.describe)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         reply = client_app.train(message, context)
-        client = int(context.node_config["partition-id"])
-        if client < num_hostile:
-            sent, trained = (from_record(content.array_records[ARRAYS]) for content in (message.content, reply.content))
-            rng = np.random.default_rng([client, message.content.config_records["config"]["server-round"]])
-            claimed = attack({name: trained[name] - sent[name] for name in sent}, rng)
-            reply.content[ARRAYS] = _added(sent, claimed)
+        if int(context.node_config["partition-id"]) < num_hostile:
+            sent, trained = (from_record(one.content.array_records[ARRAYS]) for one in (message, reply))
+            claimed = {name: sent[name] + np.float32(factor) * (trained[name] - sent[name]) for name in sent}
+            reply.content[ARRAYS] = to_record(claimed)
         return reply
 
     return app
-
-
-def _added(sent: Arrays, update: Arrays) -> ArrayRecord:
-    total: dict[str, NDArray[np.float32]] = {name: (sent[name] + update[name]).astype(np.float32) for name in sent}
-    return to_record(total)

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _KEPT = 2
 _ADAPTER, _FROZEN, _OPTIMIZER = "adapter/", "frozen/", "optimizer/"
-_PROGRESS, _CHECKSUM = "progress", "sha256"
+_PROGRESS, _ORDER, _CHECKSUM = "progress", "order", "sha256"
 
 CHECKPOINTS = "checkpoints"
 
@@ -92,7 +92,8 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
         prefix + name: np.asarray(array, order="C") for prefix, part in parts.items() for name, array in part.items()
     }
     progress = json.dumps(asdict(checkpoint.progress))
-    metadata = {_PROGRESS: progress, _CHECKSUM: _checksum(tensors, progress)}
+    # A file of tensors does not keep their order, on which sums over all of them depend to the last bit.
+    metadata = {_PROGRESS: progress, _ORDER: json.dumps(list(tensors)), _CHECKSUM: _checksum(tensors, progress)}
     with writing(folder):
         folder.mkdir(exist_ok=True)
     write_durably(target, save(tensors, metadata))
@@ -123,8 +124,8 @@ def load_checkpoint(run: Path) -> Checkpoint | None:
 
 def _read(path: Path) -> Checkpoint:
     with safe_open(path, framework="numpy") as file:
-        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
+        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in json.loads(metadata[_ORDER])}
     if metadata[_CHECKSUM] != _checksum(tensors, metadata[_PROGRESS]):
         raise ValueError("its checksum is another")
     adapter, frozen, optimizer = (_with_prefix(tensors, prefix) for prefix in (_ADAPTER, _FROZEN, _OPTIMIZER))
@@ -133,8 +134,7 @@ def _read(path: Path) -> Checkpoint:
 
 def _checksum(tensors: Mapping[str, Any], progress: str) -> str:
     digest = hashlib.sha256(progress.encode())
-    for name in sorted(tensors):
-        array = tensors[name]
+    for name, array in tensors.items():
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

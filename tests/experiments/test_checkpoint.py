@@ -40,7 +40,7 @@ def path_of(folder, number):
 
 
 def assert_same_bits(actual, expected):
-    assert set(actual) == set(expected)
+    assert list(actual) == list(expected)
     for name, array in expected.items():
         assert (actual[name].dtype, actual[name].shape) == (array.dtype, array.shape)
         assert actual[name].tobytes() == np.ascontiguousarray(array).tobytes()
