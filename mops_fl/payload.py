@@ -249,6 +249,6 @@ def decode_info(content: RecordDict) -> ClientInfo:
     """
     config: dict[str, Any] = dict(content.config_records.get(CONFIG, {}))
     kinds = {"partition-id": int, "num-examples": int, "trainer": str}
-    if {name: type(value) for name, value in config.items()} != kinds or config["num-examples"] < 0:
+    if any(type(config.get(name)) is not kind for name, kind in kinds.items()) or config["num-examples"] < 0:
         raise InputError(f"It answers {_shortened(config)}, not who it is; update its software.")
     return ClientInfo(config["partition-id"], config["num-examples"], config["trainer"])

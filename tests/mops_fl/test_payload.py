@@ -182,7 +182,6 @@ def test_bytes_that_are_not_the_array_are_refused(data, complaint):
         {"partition-id": 1, "num-examples": 3},
         {"partition-id": 1, "num-examples": -3, "trainer": "a"},
         {"partition-id": 1.0, "num-examples": 3, "trainer": "a"},
-        {"partition-id": 1, "num-examples": 3, "trainer": "a", "more": 1},
     ],
 )
 def test_answer_that_does_not_say_who_a_node_is_is_refused(config):
