@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before anything imports flwr, which reads it then
 
-from experiments import compare, compress_command, fetch_command, report, sweep_command, train_command
+from experiments import compare, compress_command, fetch_command, report_command, sweep_command, train_command
 from mops_fl.errors import InputError
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "mops-fl", description="Fetch model and data, prune, train, sweep, report on runs, compare them."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (fetch_command, compress_command, train_command, sweep_command, report, compare):
+    for command in (fetch_command, compress_command, train_command, sweep_command, report_command, compare):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:

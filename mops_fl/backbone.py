@@ -14,7 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from mops_fl.attention import PACKED_ATTENTION
 from mops_fl.compressed import resolve_model
-from mops_fl.config import BackboneConfig
+from mops_fl.config import OWN_EMBEDDING, BackboneConfig
+from mops_fl.embedder import TextEmbedder
 from mops_fl.errors import InputError
 from mops_fl.head_loss import head_nll
 
@@ -55,9 +56,12 @@ class Backbone:
         hidden_size: `D`.
         dtype: the dtype of hidden states.
         device: where it lives.
+        embedder: another network that embeds questions for the gate; None: the gate looks at hidden states.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, embedder: TextEmbedder | None = None
+    ) -> None:
         """Freeze `model` and route its attention through `packed_attention`.
 
         Raises:
@@ -71,6 +75,7 @@ class Backbone:
             )
         self.model: Any = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
+        self.embedder = embedder
         self._decoder = decoder
         self.num_layers: int = len(decoder.layers)
         self.hidden_size: int = decoder.embed_tokens.weight.shape[1]
@@ -87,6 +92,9 @@ class Backbone:
         """
         folder = resolve_model(config)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        embedder = None
+        if config.gate_embedding != OWN_EMBEDDING:
+            embedder = TextEmbedder.load(config.gate_embedding, device)
         dtype = resolve_dtype(config.dtype, device)
         on_load = None
         if config.quantization != "none":
@@ -102,7 +110,7 @@ class Backbone:
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"The model in {folder} cannot be loaded ({error}); fetch or copy it again.") from error
-        backbone = cls(model, tokenizer)
+        backbone = cls(model, tokenizer, embedder)
         if config.quantization != "none" and device.type == "cpu":
             quantize_linears(backbone._decoder.layers, config.quantization)
         return backbone
@@ -112,6 +120,11 @@ class Backbone:
         """The `L` decoder layers."""
         layers: nn.ModuleList = self._decoder.layers
         return layers
+
+    @property
+    def gate_input_size(self) -> int:
+        """Numbers that the gate looks at: `D`, or those of the embedder."""
+        return self.embedder.size if self.embedder else self.hidden_size
 
     @property
     def embedding_weight(self) -> Tensor:

@@ -20,6 +20,7 @@ from mops_fl.backbone import Backbone, SharedPrefix
 from mops_fl.config import AdapterConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
+from mops_fl.routing import Neighbours
 from mops_fl.state_cache import RowStates, StateCache
 
 
@@ -73,8 +74,15 @@ class PromptedModel:
         transformed_prompts: `(K', D)` P1 as it arrives at layer `m`, in the backbone's dtype.
     """
 
-    def __init__(self, backbone: Backbone, config: AdapterConfig, input_prompts: Tensor, cache: StateCache) -> None:
-        """Check the layer and keep the parts.
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: AdapterConfig,
+        input_prompts: Tensor,
+        cache: StateCache,
+        neighbours: Neighbours | None = None,
+    ) -> None:
+        """Check the layer and keep the parts; rows are routed by `neighbours`, where given, instead of a gate.
 
         Raises:
             InputError: `inject-layer` is not a layer of this backbone.
@@ -84,6 +92,7 @@ class PromptedModel:
         self.input_prompts = input_prompts
         self._config = config
         self._cache = cache
+        self._neighbours = neighbours
         self._prefix: SharedPrefix | None = None
         self.transformed_prompts = self._run_input_prompts()
 
@@ -103,7 +112,7 @@ class PromptedModel:
     def losses(self, adapter: PromptAdapter, rows: Sequence[EncodedRow]) -> RowLosses:
         """Loss of each row under the adapter that owns it, see `AdaptableModel.losses`."""
         states = self.row_states(rows)
-        scores = adapter.scores(torch.stack([row.pooled for row in states]))
+        scores = self.scores(adapter, torch.stack([row.pooled for row in states]))
         prompts = adapter.prompts_of_rows(len(rows)).to(self.backbone.dtype)
         hidden, lengths = packed(prompts, [row.tokens for row in states])
         scale = None if scores is None else self._position_scale(scores, lengths)
@@ -117,6 +126,12 @@ class PromptedModel:
             hidden_scale=None if by_attention else scale,
         )
         return RowLosses(*packed_losses(self.backbone, hidden, lengths, rows), scores)
+
+    def scores(self, adapter: PromptAdapter, pooled: Tensor) -> Tensor | None:
+        """Weights `(R, E)` of the experts for rows with gate inputs `(R, D)`; None where nothing weighs them."""
+        if self._neighbours is not None:
+            return self._neighbours.scores(pooled)
+        return adapter.scores(pooled, self._config.gate_temperature)
 
     def _position_scale(self, scores: Tensor, lengths: list[int]) -> Tensor:
         """`(T,)`: the gate's score at each prompt, one at each token."""
@@ -138,12 +153,18 @@ class PromptedModel:
     def _compute_states(self, row: EncodedRow) -> RowStates:
         tokens = embed(self.backbone, row)
         tokens = self.backbone.run_layers(tokens, [len(tokens)], 0, self._config.inject_layer, prefix=self._prefix)
-        pooled = tokens[: row.prompt_length]
-        if self._config.pooling == "all":
-            pooled = torch.cat([self.transformed_prompts, tokens])
-        states = RowStates(tokens, pooled.float().mean(0))
+        states = RowStates(tokens, self._gate_input(row, tokens))
         self._cache.put(row.row_id, states)
         return states
+
+    def _gate_input(self, row: EncodedRow, tokens: Tensor) -> Tensor:
+        """What the gate looks at, given the layer-`m` input `(n, D)` of the row's tokens."""
+        if self.backbone.embedder is not None:
+            question = row.token_ids[: row.prompt_length]
+            return self.backbone.embedder(str(self.backbone.tokenizer.decode(question, skip_special_tokens=True)))
+        if self._config.pooling == "all":
+            return torch.cat([self.transformed_prompts, tokens]).float().mean(0)
+        return tokens[: row.prompt_length].float().mean(0)
 
 
 def plain_losses(backbone: Backbone, prompts: Tensor, rows: Sequence[EncodedRow]) -> RowLosses:
