@@ -40,7 +40,7 @@ def test_each_sampled_client_is_asked_once_with_its_cohort_and_the_global_adapte
             "prompts": [[0.0, 0.0]],
             "bias": [0.0],
         }
-        assert request.input_prompts.shape == (2, 3)
+        assert request.frozen["input-prompts"].shape == (2, 3)
 
 
 def test_cohorts_are_asked_by_turns(ask):
