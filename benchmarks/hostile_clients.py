@@ -2,8 +2,8 @@
 
     python -m benchmarks.hostile_clients [--repeats SEEDS] [--json FILE]
 
-SmolLM2-135M on Dolly (MOPS_DOLLY, the fetched copy or the sample), ten clients, all asked in each of three rounds of
-five local steps. The hostile two train as the others do and then send, instead of their update, ten or a thousand times
+SmolLM2-135M on Dolly (MOPS_DOLLY, the fetched copy or the sample), ten clients, all asked in each of two rounds of
+four local steps. The hostile two train as the others do and then send, instead of their update, ten or a thousand times
 its opposite.
 """
 

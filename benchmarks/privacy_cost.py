@@ -2,8 +2,8 @@
 
     python -m benchmarks.privacy_cost [--repeats SEEDS] [--json FILE]
 
-SmolLM2-135M on Dolly (MOPS_DOLLY, the fetched copy or the sample), 100 clients, ten asked in each of three rounds of
-five local steps. The note of a case says the epsilon at delta 0.00001 of the client that was asked most often.
+SmolLM2-135M on Dolly (MOPS_DOLLY, the fetched copy or the sample), 100 clients, ten asked in each of two rounds of
+four local steps. The note of a case says the epsilon at delta 0.00001 of the client that was asked most often.
 """
 
 import logging
