@@ -6,6 +6,8 @@ own random generator; Adam works element by element, so its state is each client
 over clients of the client's mean, which gives each one exactly the gradient it would have alone.
 """
 
+import collections
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -120,6 +122,26 @@ class Training:
             for tally, of_step in zip(self._tallies[:active], _tally(losses, active), strict=True):
                 tally.append(of_step)
         self._seconds += time.monotonic() - began
+
+    def optimizer_state(self) -> AdapterState:
+        """Adam's moments and step count of each parameter, as `parameter/moment`."""
+        state = {name: self._optimizer.state[parameter] for name, parameter in self._adapter.trainable().items()}
+        return {f"{name}/{moment}": value for name, of in state.items() for moment, value in of.items()}
+
+    def go_on(self, steps_done: int, optimizer_state: AdapterState) -> None:
+        """Take up a training that was stopped; its adapter is the one that this one was given.
+
+        Args:
+            steps_done: steps of each client before the stop; their rows are passed over.
+            optimizer_state: what `optimizer_state` gave then.
+        """
+        for rows in self._batches:
+            collections.deque(itertools.islice(rows, steps_done), maxlen=0)
+        self._steps_done = steps_done
+        parameters = self._adapter.trainable()
+        for key, value in optimizer_state.items():
+            name, _, moment = key.rpartition("/")
+            self._optimizer.state[parameters[name]][moment] = value
 
     def results(self) -> list[TrainResult]:
         """One result per client, in the order they were given; sums are over the steps since the last call."""

@@ -11,6 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mops_fl.config import Scalar
+from mops_fl.errors import RunError
 from mops_fl.payload import TrainRequest, TrainResult
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 # Calls that may wait in an actor at once; each is a client whose cohort is being trained.
 _MAX_WAITING_CALLS = 1000
+# A trainer that dies is started again, and what it was asked is asked again; but one that dies so often over the same
+# work will always die of it.
+_MAX_RESTARTS, _MAX_RETRIES = 100, 5
 
 
 def connect(run_config: Mapping[str, Scalar]) -> "Trainer":
@@ -73,8 +77,8 @@ class _RayTrainers:
                 get_if_exists=True,
                 num_cpus=0,
                 num_gpus=1 if gpus else 0,
-                max_restarts=-1,
-                max_task_retries=-1,
+                max_restarts=_MAX_RESTARTS,
+                max_task_retries=_MAX_RETRIES,
                 max_concurrency=_MAX_WAITING_CALLS,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=True),
             )
@@ -99,3 +103,8 @@ def _call(actor: Any, method: str, *args: object) -> Any:  # noqa: ANN401
         return ray.get(actor.call.remote(method, *args))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
+    except ray.exceptions.RayActorError as error:
+        raise RunError(
+            "The trainer died again and again over the same work, as it does where memory is too small; free some and "
+            "go on with --resume, or run anew with a lower `cohort-size` or `max-length`."
+        ) from error

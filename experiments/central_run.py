@@ -6,6 +6,8 @@ runs of both kinds can be laid over each other step by step.
 
 from collections.abc import Callable, Mapping
 
+import torch
+
 from clients.resident import connect
 from experiments.app_folder import AppFolder
 from experiments.checkpoint import Checkpoint
@@ -26,12 +28,19 @@ class CentralRun(Run):
         segment = federation.clients_per_round * self._config.client.train.local_steps
         num_steps = segment * federation.num_server_rounds
         training = self._trainer.train_centrally(checkpoint.adapter, checkpoint.frozen, num_steps)
-        for number in range(1, federation.num_server_rounds + 1):
+        done = self._progress.rounds_done
+        if done:
+            moments = {name: torch.tensor(array) for name, array in checkpoint.optimizer.items()}
+            training.go_on(done * segment, moments)
+        for number in range(done + 1, federation.num_server_rounds + 1):
             training.advance(segment)
             (result,) = training.results()
             totals = dict(encode_result(result).metric_records[METRICS])
             self._after_training(RoundReport(number, totals, drift={}, failures=(), bytes_down=0, bytes_up=0))
-            self._after_round(result.adapter, checkpoint.frozen)
+            moments = training.optimizer_state()
+            self._after_round(
+                result.adapter, checkpoint.frozen, {name: value.numpy() for name, value in moments.items()}
+            )
 
 
 def run_centrally(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signals: Callable[[], None]) -> None:

@@ -1,5 +1,10 @@
-"""Checkpoints: the federation's state after a round, one safetensors file each, written in one step."""
+"""Checkpoints: a run's state after a round, one safetensors file each, written in one step.
 
+Each carries the checksum of everything in it: a file that a failing disk or a torn copy has changed is noticed, named
+and passed over for the one before.
+"""
+
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -10,14 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from experiments.durable import write_durably, writing
 from mops_fl.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 _KEPT = 2
-_ADAPTER, _FROZEN = "adapter/", "frozen/"
+_ADAPTER, _FROZEN, _OPTIMIZER = "adapter/", "frozen/", "optimizer/"
+_PROGRESS, _ORDER, _CHECKSUM = "progress", "order", "sha256"
 
 CHECKPOINTS = "checkpoints"
 
@@ -35,6 +42,7 @@ class Progress:
         bytes_up: arrays received from clients.
         bytes_down: arrays sent to clients.
         failures: replies that failed, were refused or never came.
+        failures_by_client: of those how many were each client's, by its partition id.
         perplexity_bare: of the backbone without prompts, per task and `all`.
         perplexity_before: before round 1.
         perplexity: last measured.
@@ -48,6 +56,7 @@ class Progress:
     bytes_up: int = 0
     bytes_down: int = 0
     failures: int = 0
+    failures_by_client: dict[str, int] = field(default_factory=dict)
     perplexity_bare: dict[str, float] = field(default_factory=dict)
     perplexity_before: dict[str, float] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
@@ -61,46 +70,74 @@ class Checkpoint:
         adapter: the global adapter, name -> float32.
         frozen: the input prompts.
         progress: what has been done.
+        optimizer: the state of an optimiser that lives from round to round; empty in a federation.
     """
 
     adapter: Mapping[str, NDArray[np.float32]]
     frozen: Mapping[str, NDArray[np.float32]]
     progress: Progress
+    optimizer: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
-    """Write a round's checkpoint and drop all but the newest two."""
-    folder = run / CHECKPOINTS
-    folder.mkdir(exist_ok=True)
-    target = folder / f"round-{checkpoint.progress.rounds_done:06d}.safetensors"
-    tensors = {_ADAPTER + name: np.ascontiguousarray(array) for name, array in checkpoint.adapter.items()}
-    tensors |= {_FROZEN + name: np.ascontiguousarray(array) for name, array in checkpoint.frozen.items()}
-    temporary = target.with_suffix(".partial")
-    save_file(tensors, temporary, metadata={"progress": json.dumps(asdict(checkpoint.progress))})
-    temporary.replace(target)
-    for old in sorted(folder.glob("round-*.safetensors"))[:-_KEPT]:
-        old.unlink()
-
-
-def load_checkpoint(run: Path) -> Checkpoint:
-    """The newest checkpoint of a run that can be read; a corrupt one is named and passed over.
+    """Write a round's checkpoint and drop all but the newest two.
 
     Raises:
-        InputError: there is none.
+        RunError: it cannot be written.
     """
-    for path in sorted((run / CHECKPOINTS).glob("round-*.safetensors"), reverse=True):
+    folder = run / CHECKPOINTS
+    target = folder / f"round-{checkpoint.progress.rounds_done:06d}.safetensors"
+    parts = {_ADAPTER: checkpoint.adapter, _FROZEN: checkpoint.frozen, _OPTIMIZER: checkpoint.optimizer}
+    tensors = {
+        prefix + name: np.asarray(array, order="C") for prefix, part in parts.items() for name, array in part.items()
+    }
+    progress = json.dumps(asdict(checkpoint.progress))
+    # A file of tensors does not keep their order, on which sums over all of them depend to the last bit.
+    metadata = {_PROGRESS: progress, _ORDER: json.dumps(list(tensors)), _CHECKSUM: _checksum(tensors, progress)}
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    write_durably(target, save(tensors, metadata))
+    with writing(folder):
+        for old in sorted(folder.glob("round-*.safetensors"))[:-_KEPT]:
+            old.unlink()
+
+
+def load_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run that can be read; a corrupt one is named and passed over.
+
+    Returns:
+        None if the run was cut off before it had written any.
+
+    Raises:
+        InputError: there are some, but all of them are corrupt.
+    """
+    paths = sorted((run / CHECKPOINTS).glob("round-*.safetensors"), reverse=True)
+    for path in paths:
         try:
             return _read(path)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("The checkpoint %s is corrupt (%s); the one before it is used.", path, error)
-    raise InputError(f"{run} has no readable checkpoint; start the run anew.")
+    if paths:
+        raise InputError(f"{run} has no readable checkpoint; start the run anew.")
+    return None
 
 
 def _read(path: Path) -> Checkpoint:
     with safe_open(path, framework="numpy") as file:
-        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        progress = Progress(**json.loads(file.metadata()["progress"]))
-    return Checkpoint(_with_prefix(tensors, _ADAPTER), _with_prefix(tensors, _FROZEN), progress)
+        metadata = file.metadata()
+        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in json.loads(metadata[_ORDER])}
+    if metadata[_CHECKSUM] != _checksum(tensors, metadata[_PROGRESS]):
+        raise ValueError("its checksum is another")
+    adapter, frozen, optimizer = (_with_prefix(tensors, prefix) for prefix in (_ADAPTER, _FROZEN, _OPTIMIZER))
+    return Checkpoint(adapter, frozen, Progress(**json.loads(metadata[_PROGRESS])), optimizer)
+
+
+def _checksum(tensors: Mapping[str, Any], progress: str) -> str:
+    digest = hashlib.sha256(progress.encode())
+    for name, array in tensors.items():
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _with_prefix(tensors: Mapping[str, Any], prefix: str) -> dict[str, NDArray[np.float32]]:

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from clients.config import ClientConfig
-from mops_fl.config import Scalar, read_section, require_at_least, require_choice, section_keys
+from mops_fl.config import Scalar, read_section, require_at_least, require_choice, require_positive, section_keys
 from mops_fl.errors import InputError
 from mops_fl.methods import require_method
+from strategies.aggregation import AggregationConfig, check_cohort_size
 from strategies.fedprompt import WEIGHTINGS
+from strategies.privacy import NoiseConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class FederationConfig:
         cohort_size: most clients trained in one batch.
         weighting: `uniform` (paper), `num-examples` or `gate-mass` (see `strategies.mops.MoPs`).
         server_weight: what the server's own training counts beside the clients', in clients; 0: it does not train.
+        round_timeout: seconds after which a round goes on without the replies that are missing.
         evaluate_every: rounds between two evaluations; the start and the last round are always evaluated.
         output_dir: the run's folder; empty: `runs/<dataset>-<method>-<UTC time>`.
         resume: go on from the last complete round in `output_dir`.
@@ -30,6 +33,7 @@ class FederationConfig:
     cohort_size: int
     weighting: str
     server_weight: float
+    round_timeout: float
     evaluate_every: int
     output_dir: str
     resume: bool
@@ -38,6 +42,7 @@ class FederationConfig:
         require_choice("weighting", self.weighting, WEIGHTINGS)
         if not 0 <= self.server_weight < float("inf"):
             raise InputError(f"`server-weight` is {self.server_weight}; it must be a number of at least 0.")
+        require_positive("round-timeout", self.round_timeout)
         for name in ("clients_per_round", "num_server_rounds", "cohort_size", "evaluate_every"):
             require_at_least(name.replace("_", "-"), getattr(self, name), 1)
 
@@ -48,6 +53,8 @@ class ExperimentConfig:
 
     client: ClientConfig
     federation: FederationConfig
+    aggregation: AggregationConfig
+    noise: NoiseConfig
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Scalar]) -> "ExperimentConfig":
@@ -56,10 +63,15 @@ class ExperimentConfig:
         Raises:
             InputError: a key is missing, unknown, of the wrong type or out of range, or two keys contradict.
         """
-        known = ClientConfig.keys() | section_keys(FederationConfig)
+        known = ClientConfig.keys() | section_keys(FederationConfig, AggregationConfig, NoiseConfig)
         if unknown := sorted(set(run_config) - known):
             raise InputError(f"Unknown run-config key `{unknown[0]}`; known are: {', '.join(sorted(known))}.")
-        config = cls(ClientConfig.from_run_config(run_config), read_section(FederationConfig, run_config))
+        config = cls(
+            ClientConfig.from_run_config(run_config),
+            read_section(FederationConfig, run_config),
+            read_section(AggregationConfig, run_config),
+            read_section(NoiseConfig, run_config),
+        )
         method = config.client.adapter.method
         if not require_method(method).gated and config.federation.weighting == "gate-mass":
             raise InputError(f"`weighting` is 'gate-mass', but {method} has no gate; choose uniform or num-examples.")
@@ -68,4 +80,26 @@ class ExperimentConfig:
             raise InputError(
                 f"`clients-per-round` is {per_round}, but `num-clients` is {num_clients}; lower one or raise the other."
             )
+        check_cohort_size(config.aggregation, per_round)
+        config.require_equal_clients()
         return config
+
+    def require_equal_clients(self) -> None:
+        """Robust aggregation and privacy count every client alike, and no one else.
+
+        Raises:
+            InputError: another key says otherwise, or both are wanted at once.
+        """
+        federation, aggregation = self.federation, self.aggregation.aggregation
+        private = self.noise.clip_norm > 0
+        if private and aggregation != "mean":
+            raise InputError(
+                f"`aggregation` is {aggregation!r}, but `clip-norm` needs the mean, whose noise is known to suffice; "
+                "set one of them back."
+            )
+        if private or aggregation != "mean":
+            reason = "`clip-norm` is set" if private else f"`aggregation` is {aggregation!r}"
+            if federation.weighting != "uniform":
+                raise InputError(f"{reason}, which counts all clients alike; set `weighting` to 'uniform'.")
+            if federation.server_weight:
+                raise InputError(f"{reason}, which counts clients only; set `server-weight` to 0.")

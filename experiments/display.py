@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from clients.trainer import Setting
-from strategies.fedprompt import RoundReport
+from strategies.fedprompt import Failure, RoundReport
 
 
 class Display:
@@ -80,15 +80,14 @@ class Display:
         """A measurement on the test rows."""
         self.say(f"  test perplexity after round {server_round}: {perplexity['all']:.3f}")
 
-    def _failure(self, failure: str) -> None:
-        # Client and process differ from one failure to the next; the last line says what went wrong.
-        who, _, cause = failure.partition(": ")
-        last_line = cause.strip().splitlines()[-1]
+    def _failure(self, failure: Failure) -> None:
+        # The process differs from one failure to the next; the last line says what went wrong.
+        last_line = failure.reason.strip().splitlines()[-1]
         if last_line in self._shown:
-            self.say(f"{who}: as above")
+            self.say(f"{failure.who}: as above")
         else:
             self._shown.add(last_line)
-            self.say(f"{who}: {own_traceback(cause)}")
+            self.say(f"{failure.who}: {own_traceback(failure.reason)}")
 
 
 def own_traceback(reason: str) -> str:

@@ -1,6 +1,7 @@
 """A federated run on the server: the strategy trains the rounds over a Grid."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
@@ -8,14 +9,15 @@ from flwr.serverapp import Grid
 from clients.trainer import Setting, Trainer
 from experiments.checkpoint import Checkpoint
 from experiments.config import ExperimentConfig
+from experiments.nodes import RollCall
 from experiments.run import Run
 from mops_fl.config import Scalar
-from mops_fl.payload import TrainResult, from_record, to_record
+from mops_fl.payload import ReplyLimits, TrainResult, from_record, to_record
+from strategies.aggregation import Aggregate, build_aggregate
+from strategies.fedprompt import Acceptance
+from strategies.privacy import private_mean, spent_epsilon
 from strategies.registry import STRATEGIES
 from strategies.sampling import ClientSampler
-
-# A round may take hours on a slow client; what comes later is counted as missing.
-ROUND_TIMEOUT_SECONDS = 6 * 3600.0
 
 
 class FederatedRun(Run):
@@ -40,6 +42,7 @@ class FederatedRun(Run):
         super().__init__(config, run_config, trainer, setting)
         self._grid = grid
         self._sampler = sampler
+        self._roll_call = RollCall(sampler)
 
     def _train(self, checkpoint: Checkpoint) -> None:
         federation, rounds_done = self._config.federation, self._progress.rounds_done
@@ -50,9 +53,12 @@ class FederatedRun(Run):
         strategy = STRATEGIES[self._config.client.adapter.method](
             self._sampler,
             weighting=federation.weighting,
+            aggregate=self._build_aggregate(),
+            acceptance=self._acceptance(),
             frozen=to_record(checkpoint.frozen),
             rounds_done=rounds_done,
             on_round=self._after_training,
+            connected=self._roll_call,
             server=server if federation.server_weight else None,
             server_weight=federation.server_weight,
         )
@@ -66,6 +72,37 @@ class FederatedRun(Run):
             grid=self._grid,
             initial_arrays=to_record(checkpoint.adapter),
             num_rounds=federation.num_server_rounds - rounds_done,
-            timeout=ROUND_TIMEOUT_SECONDS,
+            timeout=federation.round_timeout,
             evaluate_fn=evaluate,
         )
+
+    def _build_aggregate(self) -> Aggregate:
+        noise = self._config.noise
+        if noise.clip_norm:
+            return private_mean(noise, self._config.federation.clients_per_round)
+        return build_aggregate(self._config.aggregation)
+
+    def _acceptance(self) -> Acceptance:
+        client, aggregation = self._config.client, self._config.aggregation
+        limits = ReplyLimits(client.train.local_steps, client.train.batch_size, client.data.max_length)
+        # Clipping does what the ratio is for, and what is refused may not depend on the other clients' updates.
+        ratio = 0.0 if self._config.noise.clip_norm else aggregation.max_norm_ratio
+        return Acceptance(limits, ratio, aggregation.min_replies)
+
+    def _privacy(self) -> dict[str, float | int | None]:
+        """What an onlooker can at most have learnt about any one client from all adapters so far."""
+        noise, federation = self._config.noise, self._config.federation
+        participations = self._sampler.most_participations(self._progress.rounds_done)
+        epsilon = None  # unbounded
+        if noise.noise_multiplier and participations:
+            epsilon = spent_epsilon(
+                noise,
+                num_clients=self._config.client.partition.num_clients,
+                clients_per_round=federation.clients_per_round,
+                participations=participations,
+            )
+        return {**asdict(noise), "epsilon": epsilon, "most_participations": participations}
+
+    def _results(self) -> dict[str, object]:
+        results: dict[str, object] = {"aggregation": self._config.aggregation.aggregation}
+        return results | ({"privacy": self._privacy()} if self._config.noise.clip_norm else {})

@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -36,7 +36,7 @@ class InlineGrid(Grid):
             )
             for partition_id in range(num_clients)
         }
-        self._replies: dict[str, Message] = {}
+        self._replies: dict[str, Future[Message]] = {}
         self._threads = ThreadPoolExecutor(_MAX_THREADS)
 
     def set_run(self, run: Run) -> None:
@@ -63,21 +63,28 @@ class InlineGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Let the clients answer at once; the answers wait to be pulled."""
+        """Let the clients begin to answer; the answers wait to be pulled."""
         messages = list(messages)
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid4())  # replies refer to it
-        replies = self._threads.map(self._answer, messages)
-        self._replies |= {message.metadata.message_id: reply for message, reply in zip(messages, replies, strict=True)}
+        self._replies |= {
+            message.metadata.message_id: self._threads.submit(self._answer, message) for message in messages
+        }
         return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The answers to the given messages."""
-        return [self._replies.pop(message_id) for message_id in message_ids]
+        """Those answers to the given messages that have come."""
+        come = [message_id for message_id in message_ids if self._replies[message_id].done()]
+        return [self._replies.pop(message_id).result() for message_id in come]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Push and pull; no answer is ever late."""
-        return self.pull_messages(self.push_messages(messages))
+        """Push, and pull what has come when all have answered or the time is over; what comes later is dropped."""
+        message_ids = list(self.push_messages(messages))
+        wait([self._replies[message_id] for message_id in message_ids], timeout)
+        replies = self.pull_messages(message_ids)
+        for message_id in message_ids:
+            self._replies.pop(message_id, None)
+        return replies
 
     def _answer(self, message: Message) -> Message:
         try:

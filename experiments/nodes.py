@@ -1,5 +1,6 @@
 """Who is out there: wait for the SuperNodes and ask each which client it is."""
 
+import logging
 import time
 
 from flwr.app import Message, MessageType, RecordDict
@@ -7,9 +8,14 @@ from flwr.serverapp import Grid
 
 from mops_fl.errors import InputError
 from mops_fl.payload import ClientInfo, decode_info
+from strategies.sampling import ClientSampler
+
+logger = logging.getLogger(__name__)
 
 # Flower looks through all waiting messages for each one that it delivers, so that many at once take ever longer.
 _QUESTIONS_AT_ONCE = 200
+# A round waits no longer for a node that does not say who it is.
+_NEWCOMER_PATIENCE_SECONDS = 60.0
 
 
 def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> dict[int, ClientInfo]:
@@ -41,15 +47,50 @@ def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> di
     return dict(sorted(clients.items(), key=lambda item: item[1].partition_id))
 
 
+class RollCall:
+    """Who is connected before a round, with the clients that have come back under another node id.
+
+    A SuperNode that was started again is another node to the SuperLink.
+    """
+
+    def __init__(self, sampler: ClientSampler) -> None:
+        """Keep `sampler`'s nodes up to date."""
+        self._sampler = sampler
+
+    def __call__(self, grid: Grid) -> set[int]:
+        """The connected nodes; the sampler is told of those that moved."""
+        connected = set(grid.get_node_ids())
+        node_of = self._sampler.node_of
+        gone = {client for client, node_id in node_of.items() if node_id not in connected}
+        if gone and (strangers := connected - set(node_of.values())):
+            self._welcome(grid, sorted(strangers), gone)
+        return connected
+
+    def _welcome(self, grid: Grid, strangers: list[int], gone: set[int]) -> None:
+        try:
+            answers = _ask(grid, strangers, timeout=_NEWCOMER_PATIENCE_SECONDS)
+        except InputError as error:
+            logger.warning("%s", error)
+            return
+        for node_id, info in answers.items():
+            # Whoever claims to be a client that is still connected is not believed.
+            if info.partition_id in gone:
+                self._sampler.move(node_id, info)
+
+
 def _ask(grid: Grid, node_ids: list[int], timeout: float) -> dict[int, ClientInfo]:
     questions = [
         Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in node_ids
     ]
     clients: dict[int, ClientInfo] = {}
     for reply in grid.send_and_receive(questions, timeout=timeout):
+        node_id = reply.metadata.src_node_id
         if reply.has_error():
-            raise InputError(f"Node {reply.metadata.src_node_id} cannot take part: {reply.error.reason}")
-        clients[reply.metadata.src_node_id] = decode_info(reply.content)
+            raise InputError(f"Node {node_id} cannot take part: {reply.error.reason}")
+        try:
+            clients[node_id] = decode_info(reply.content)
+        except InputError as error:
+            raise InputError(f"Node {node_id} cannot take part: {error}") from error
     return clients
 
 

@@ -12,6 +12,7 @@ from clients.trainer import Setting, Trainer
 from experiments.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from experiments.config import ExperimentConfig
 from experiments.display import Display
+from experiments.durable import writing
 from experiments.model_card import model_card
 from experiments.report import print_perplexity_table, write_report
 from experiments.run_folder import PARTITION, RunFolder
@@ -35,10 +36,11 @@ class Run(ABC):
     def __init__(
         self, config: ExperimentConfig, run_config: Mapping[str, Scalar], trainer: Trainer, setting: Setting
     ) -> None:
-        """Make the run folder, or open it and load its newest checkpoint to go on from.
+        """Make the run folder, or open it and go back to its newest checkpoint, or to the start if it has none.
 
         Raises:
             InputError: the folder cannot be used.
+            RunError: it cannot be written any more.
         """
         self._config = config
         self._trainer = trainer
@@ -48,9 +50,10 @@ class Run(ABC):
         if config.federation.resume:
             self._folder = RunFolder.open(path)
             self._checkpoint = load_checkpoint(path)
+            self._folder.rewind(self._checkpoint.progress.rounds_done if self._checkpoint else -1)
         else:
             self._folder = RunFolder.create(path, {**run_config, "output-dir": str(path)})
-            self._folder.write_json(PARTITION, setting.manifest)
+        self._folder.write_json(PARTITION, setting.manifest)
         self._progress = self._checkpoint.progress if self._checkpoint else Progress()
         self._began = time.monotonic() - self._progress.elapsed_seconds
         self._round_began = self._began
@@ -61,7 +64,7 @@ class Run(ABC):
         """Train the rounds that are still to be done, then write adapter, summary and report.
 
         Raises:
-            RoundError: a round had no usable reply.
+            RunError: a round had too few usable replies, or the run folder cannot be written any more.
         """
         with self._display:
             self._display.say(f"run folder: {self._folder.path}")
@@ -91,7 +94,7 @@ class Run(ABC):
         progress.perplexity_before = progress.perplexity = before.perplexity()
         self._log_evaluation(before, "perplexity")
         self._display.evaluation(0, progress.perplexity)
-        return self._save(start.adapter, start.frozen)
+        return self._save(start.adapter, start.frozen, {})
 
     def _after_training(self, report: RoundReport) -> None:
         progress = self._progress
@@ -104,6 +107,9 @@ class Run(ABC):
         progress.bytes_up += report.bytes_up
         progress.bytes_down += report.bytes_down
         progress.failures += len(report.failures)
+        for failure in report.failures:
+            client = str(failure.client)
+            progress.failures_by_client[client] = progress.failures_by_client.get(client, 0) + 1
         self._log("train", "loss", totals["loss-sum"] / totals["num-tokens"])
         self._log("train", "tokens-per-second", totals["num-tokens"] / seconds)
         self._log("train", "failures", len(report.failures))
@@ -113,7 +119,7 @@ class Run(ABC):
             self._log("train", f"gate-mass-expert-{expert}", mass)
         self._display.round(report, progress.client_steps, seconds)
 
-    def _after_round(self, adapter: Arrays, frozen: Arrays) -> None:
+    def _after_round(self, adapter: Arrays, frozen: Arrays, optimizer: Arrays | None = None) -> None:
         federation, progress = self._config.federation, self._progress
         is_last = progress.rounds_done == federation.num_server_rounds
         if is_last or progress.rounds_done % federation.evaluate_every == 0:
@@ -121,22 +127,24 @@ class Run(ABC):
             progress.perplexity = evaluation.perplexity()
             self._log_evaluation(evaluation, "perplexity")
             self._display.evaluation(progress.rounds_done, progress.perplexity)
-        self._save(adapter, frozen)
+        self._save(adapter, frozen, optimizer or {})
         self._round_began = time.monotonic()
 
-    def _save(self, adapter: Arrays, frozen: Arrays) -> Checkpoint:
+    def _save(self, adapter: Arrays, frozen: Arrays, optimizer: Arrays) -> Checkpoint:
         self._progress.elapsed_seconds = time.monotonic() - self._began
-        checkpoint = self._checkpoint = Checkpoint(adapter, frozen, self._progress)
+        checkpoint = self._checkpoint = Checkpoint(adapter, frozen, self._progress, optimizer)
+        self._folder.sync()  # a checkpoint of this round says that its metrics are there
         save_checkpoint(self._folder.path, checkpoint)
         self._write_summary("running", checkpoint)
         return checkpoint
 
     def _finish(self, checkpoint: Checkpoint) -> None:
-        self._write_summary("complete", checkpoint)
         arrays = {**checkpoint.adapter, **checkpoint.frozen}
-        saved = SavedAdapter(self._description(), arrays, model_card(self._folder, self._description()))
-        save_adapter(self._folder.path / RUN_ADAPTER, saved)
-        report = write_report(self._folder)
+        with writing(self._folder.path):
+            self._write_summary("complete", checkpoint)
+            saved = SavedAdapter(self._description(), arrays, model_card(self._folder, self._description()))
+            save_adapter(self._folder.path / RUN_ADAPTER, saved)
+            report = write_report(self._folder)
         print_perplexity_table(self._folder.results(), self._console)
         self._display.say(f"report: {report}")
 
@@ -202,10 +210,16 @@ class Run(ABC):
                 "bytes_up": progress.bytes_up,
                 "bytes_down": progress.bytes_down,
                 "failures": progress.failures,
+                "failures_by_client": progress.failures_by_client,
+                **self._results(),
                 "device": self._setting.device,
                 "dtype": self._setting.dtype,
             }
         )
+
+    def _results(self) -> dict[str, object]:
+        """What the summary tells beside, of this kind of run."""
+        return {}
 
     def _experts(self) -> tuple[tuple[str, ...], ...]:
         """The tasks each expert was pretrained for; empty where no gate was."""

@@ -10,12 +10,13 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import tomli_w
 
+from experiments.durable import PARTIAL, write_durably, writing
 from experiments.machine import git_revision, machine, versions
-from mops_fl.errors import InputError
+from mops_fl.errors import InputError, RunError
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
@@ -64,11 +65,13 @@ class RunFolder:
             "machine": machine(),
         }
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            (path / CONFIG).write_text(tomli_w.dumps(manifest), encoding="utf-8")
-        except OSError as error:
+            with writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+            write_durably(path / CONFIG, tomli_w.dumps(manifest).encode())
+        except RunError as error:
+            reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
             raise InputError(
-                f"The run folder {path} cannot be written ({error.strerror}); choose another output-dir."
+                f"The run folder {path} cannot be written ({reason}); choose another output-dir."
             ) from error
         return cls(path, manifest)
 
@@ -135,9 +138,18 @@ class RunFolder:
             "seconds": float(seconds),
         }
         line = json.dumps(_only_finite(entry), allow_nan=False) + "\n"
-        with (self.path / METRICS).open("ab+") as file:
-            _drop_torn_line(file)
+        with writing(self.path / METRICS), (self.path / METRICS).open("ab") as file:
             file.write(line.encode())
+
+    def sync(self) -> None:
+        """Return when every line logged so far would outlive a loss of power."""
+        with writing(self.path / METRICS), (self.path / METRICS).open("ab") as file:
+            os.fsync(file.fileno())
+
+    def rewind(self, last_round: int) -> None:
+        """Drop what was logged after a round, all of it for -1: a resumed run logs that again."""
+        kept = [entry for entry in self.metrics() if entry["round"] <= last_round]
+        write_durably(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl in the order written; a torn last line is left out."""
@@ -163,9 +175,8 @@ class RunFolder:
 
     def write_json(self, name: str, content: object) -> None:
         """Write the JSON file ``name`` in one step; numbers that are not finite become ``null``."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(_only_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(self.path / name)
+        text = json.dumps(_only_finite(content), indent=2, allow_nan=False) + "\n"
+        write_durably(self.path / name, text.encode())
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
@@ -178,12 +189,12 @@ class RunFolder:
 
 
 def require_empty(path: Path) -> None:
-    """Refuse a folder for a new run in which there is something already.
+    """Refuse a folder for a new run in which there is something already, but for what a killed run had not finished.
 
     Raises:
         InputError: `path` is a file, or a folder that is not empty.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(entry.suffix != PARTIAL for entry in path.iterdir())):
         raise InputError(f"The run folder {path} is not empty; choose another output-dir or empty it.")
 
 
@@ -251,16 +262,6 @@ def _read_line(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return entry if isinstance(entry, dict) and keys <= entry.keys() else None
-
-
-def _drop_torn_line(file: BinaryIO) -> None:
-    """Cut off what follows the last newline: half a line of a run that was killed and is now resumed."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return
-    file.seek(-1, os.SEEK_END)
-    if file.read(1) != b"\n":
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _only_finite(content: object) -> object:

@@ -79,10 +79,14 @@ def run_inline(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signal
     serverapp, clientapp = (_load(component) for component in app.components())
     assert isinstance(serverapp, ServerApp)
     assert isinstance(clientapp, ClientApp)
-    _identify(run_id=1)
     catch_signals()
-    grid = InlineGrid(clientapp, int(run_config["num-clients"]), run_config)
-    serverapp(grid, _server_context(1, run_config))
+    serverapp(inline_grid(clientapp, run_config), _server_context(1, run_config))
+
+
+def inline_grid(app: ClientApp, run_config: Mapping[str, Scalar]) -> InlineGrid:
+    """As many virtual clients in this process as the run-config says."""
+    _identify(run_id=1)
+    return InlineGrid(app, int(run_config["num-clients"]), run_config)
 
 
 def deliver_messages(

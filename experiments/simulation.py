@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -34,10 +35,10 @@ from experiments.run_folder import RunFolder, require_empty
 from experiments.runtimes import Backend, run_inline, run_on_ray
 from mops_fl.compressed import resolve_model
 from mops_fl.config import Scalar
-from mops_fl.errors import InputError
+from mops_fl.errors import InputError, RunError
 from mops_fl.sources import resolve_data
-from strategies.fedprompt import RoundError
 
+_PROGRAMS = {"federated": "flower-simulation", "central": "mops-fl train"}
 _BACKENDS: dict[str, Backend] = {"ray": run_on_ray, "inline": run_inline}
 
 
@@ -52,17 +53,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = _parser().parse_args(argv)
-    return run_app("flower-simulation", args, _BACKENDS[args.backend], resumable=True)
+    return run_app("flower-simulation", args, _BACKENDS[args.backend], training="federated")
 
 
-def run_app(program: str, args: argparse.Namespace, backend: Backend, *, resumable: bool) -> int:
+def run_app(program: str, args: argparse.Namespace, backend: Backend, *, training: str) -> int:
     """Run an app, and say in one sentence on the standard error how it ended if not well.
 
     Args:
         program: the command, as it should call itself.
         args: `app`, `data`, `num_supernodes`, `run_config` and `resume`, as this command's options.
         backend: what carries the run out.
-        resumable: whether an interrupted run can be gone on with.
+        training: what it does, `federated` or `central`; only a run of that kind can be gone on with.
 
     Returns:
         The exit code.
@@ -73,15 +74,15 @@ def run_app(program: str, args: argparse.Namespace, backend: Backend, *, resumab
     code, status, message = 0, "", ""
     try:
         app = AppFolder.find(args.app)
-        run_config = _resolve_config(app, args)
+        run_config = _resolve_config(app, args, training)
         backend(app, run_config, catch_signals=_raise_on_signals)
     except InputError as error:
         code, status, message = 2, "failed", str(error)
-    except RoundError as error:
+    except RunError as error:
         code, status, message = 1, "failed", own_traceback(str(error))
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        code, status, message = 128 + number, "interrupted", "interrupted" + "; go on with --resume" * resumable
+        code, status, message = 128 + number, "interrupted", "interrupted; go on with --resume"
     except Exception:  # the last line of defence: show it, mark the run, exit with 1
         code, status, message = 1, "failed", traceback.format_exc()
     if message:
@@ -90,7 +91,7 @@ def run_app(program: str, args: argparse.Namespace, backend: Backend, *, resumab
     return code
 
 
-def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scalar]:
+def _resolve_config(app: AppFolder, args: argparse.Namespace, training: str) -> dict[str, Scalar]:
     """Every value of the run, paths absolute, checked as far as that goes without loading anything.
 
     Raises:
@@ -98,7 +99,7 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scala
     """
     if args.resume:
         overrides = [*args.run_config, *filter(None, (args.data, args.num_supernodes))]
-        run_config = _resumed_config(args.resume, app.run_config(()), overrides)
+        run_config = _resumed_config(args.resume, app.run_config(()), overrides, training)
     else:
         run_config = app.run_config(args.run_config)
         run_config["output-dir"] = str(Path(str(run_config["output-dir"] or default_output_dir(run_config))).absolute())
@@ -118,12 +119,15 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace) -> dict[str, Scala
     return run_config
 
 
-def _resumed_config(folder: Path, app_config: dict[str, Scalar], overrides: Sequence[object]) -> dict[str, Scalar]:
+def _resumed_config(
+    folder: Path, app_config: dict[str, Scalar], overrides: Sequence[object], training: str
+) -> dict[str, Scalar]:
     if overrides:
         raise InputError("--resume goes on with the run's own configuration; leave all other options away.")
     interrupted = RunFolder.open(folder)
-    if (interrupted.summary or {}).get("training") == "central":
-        raise InputError(f"{folder} is a central run, whose optimiser was not kept; train it anew.")
+    found = (interrupted.summary or {}).get("training", training)
+    if found != training:
+        raise InputError(f"{folder} is a {found} run; go on with it by `{_PROGRAMS[found]} --resume`.")
     run_config = {**app_config, **interrupted.config}
     return {**run_config, "output-dir": str(folder.absolute()), "resume": True}
 
@@ -136,7 +140,8 @@ def _mark(run_config: dict[str, Scalar], status: str) -> None:
     folder = RunFolder.open(path)
     summary = folder.summary or {}
     if summary.get("status") == "running":
-        folder.write_summary({**summary, "status": status})
+        with suppress(RunError):  # the disk that ended the run may still be full
+            folder.write_summary({**summary, "status": status})
 
 
 def _raise_on_signals() -> None:

@@ -79,8 +79,7 @@ class Planned:
             return "waiting"
         if (found.summary or {}).get("status") == "complete":
             return "complete"
-        resumable = self.training == "federated" and any((self.folder / CHECKPOINTS).glob("*"))
-        return "interrupted" if resumable else "broken"
+        return "interrupted" if any((self.folder / CHECKPOINTS).glob("*")) else "broken"
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def _run_one(sweep: Sweep, one: Planned, state: str, data: Path | None) -> int:
             print(f"mops-fl sweep: {error}", file=log)
             return 2
         args = argparse.Namespace(app=sweep.app, num_supernodes=None, **options)
-        return run_app("mops-fl sweep", args, BACKENDS[one.training], resumable=True)
+        return run_app("mops-fl sweep", args, BACKENDS[one.training], training=one.training)
 
 
 def _log(one: Planned) -> Path:

@@ -1,6 +1,7 @@
 """`mops-fl train`: central training of what an app would train in a federation."""
 
 import argparse
+from pathlib import Path
 
 from experiments.central_run import run_centrally
 from experiments.simulation import app_options, run_app
@@ -11,9 +12,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "train", parents=[app_options()], help="train centrally, on all rows, for as many steps as a federation"
     )
-    parser.set_defaults(run=run, num_supernodes=None, resume=None)
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
+    parser.set_defaults(run=run, num_supernodes=None)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns the exit code, as flower-simulation's."""
-    return run_app("mops-fl train", args, run_centrally, resumable=False)
+    return run_app("mops-fl train", args, run_centrally, training="central")

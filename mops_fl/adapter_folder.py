@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from mops_fl.adapter import GATED
 from mops_fl.config import AdapterConfig, BackboneConfig, DataConfig, read_section, to_key
@@ -74,9 +74,14 @@ class SavedAdapter:
 
 
 def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
-    """Write an adapter; the folder is made, files of an earlier adapter are replaced."""
+    """Write an adapter; the folder is made, files of an earlier adapter are replaced.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(array) for name, array in adapter.arrays.items()}, folder / TENSORS)
+    tensors = {name: np.ascontiguousarray(array) for name, array in adapter.arrays.items()}
+    (folder / TENSORS).write_bytes(save(tensors))
     config = _to_json(adapter.description) | {"sha256": {TENSORS: _file_sha256(folder / TENSORS)}}
     (folder / CONFIG).write_text(json.dumps(config | {"checksum": _checksum(config)}, indent=2) + "\n", "utf-8")
     (folder / CARD).write_text(adapter.card, encoding="utf-8")

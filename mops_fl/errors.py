@@ -1,4 +1,4 @@
-"""The one error that means: the user's input is wrong, and here is what to do."""
+"""The two errors that people are meant to read: the input is wrong, or the run cannot go on."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,12 @@ class InputError(ValueError):
 
     The message is one sentence that says what is wrong and what to do. Commands print it without a traceback
     and exit with code 2.
+    """
+
+
+class RunError(RuntimeError):
+    """The run cannot go on, through no fault of its input: no usable reply, a full disk, a trainer that keeps dying.
+
+    What was done until the last complete round is kept. Commands print the message without a traceback and exit with
+    code 1.
     """

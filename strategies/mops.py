@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 
 from mops_fl.payload import ARRAYS, METRICS
 from mops_fl.routing import EXPERTS
-from strategies.fedprompt import WEIGHT, FedPrompt
+from strategies.fedprompt import FedPrompt
+from strategies.totals import WEIGHT
 
 
 class MoPs(FedPrompt):

@@ -1,6 +1,7 @@
 """Which clients train in a round, and who of them is trained in one batch."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +17,7 @@ class ClientSampler:
 
     Attributes:
         node_of: partition id -> node id, of the clients that have rows; the others are never asked.
+        num_examples_of: partition id -> rows that the client said it holds.
     """
 
     def __init__(
@@ -38,18 +40,33 @@ class ClientSampler:
                 f"`clients-per-round` is {clients_per_round}, but only {len(self.node_of)} of {len(clients)} clients "
                 "have rows; lower it, or give more rows."
             )
+        self.num_examples_of = {info.partition_id: info.num_examples for info in clients.values()}
         self._trainer_of = {info.partition_id: info.trainer for info in clients.values()}
         self._clients_per_round = clients_per_round
         self._cohort_size = cohort_size
         self._seed = seed
 
+    def move(self, node_id: int, info: ClientInfo) -> None:
+        """From now on a client is asked at another node; what it says of its rows still counts as it was at first."""
+        self.node_of[info.partition_id] = node_id
+        self._trainer_of[info.partition_id] = info.trainer
+
+    def most_participations(self, num_rounds: int) -> int:
+        """In how many of the first rounds the client was sampled that was sampled most often."""
+        rounds = range(1, num_rounds + 1)
+        counts = Counter(client for number in rounds for client in self._sample(number))
+        return max(counts.values(), default=0)
+
     def cohorts(self, server_round: int) -> list[Cohort]:
         """A round's clients, dealt in turn into as few cohorts as their size allows, each on one trainer."""
-        rng = np.random.default_rng([self._seed, server_round])
-        sampled = sorted(rng.choice(sorted(self.node_of), self._clients_per_round, replace=False).tolist())
+        sampled = self._sample(server_round)
         cohorts = []
         for trainer in sorted({self._trainer_of[client] for client in sampled}):
             members = [client for client in sampled if self._trainer_of[client] == trainer]
             count = math.ceil(len(members) / self._cohort_size)
             cohorts += [Cohort(tuple(members[number::count]), number, count) for number in range(count)]
         return cohorts
+
+    def _sample(self, server_round: int) -> list[int]:
+        rng = np.random.default_rng([self._seed, server_round])
+        return sorted(rng.choice(sorted(self.node_of), self._clients_per_round, replace=False).tolist())

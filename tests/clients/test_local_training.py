@@ -15,9 +15,11 @@ from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
 from mops_fl.methods import METHODS
 from mops_fl.model import PromptedModel, RowLosses
-from mops_fl.payload import ClientInfo, encode_result, from_record, to_record
+from mops_fl.payload import ClientInfo, ReplyLimits, encode_result, from_record, to_record
 from mops_fl.state_cache import StateCache
 from mops_fl.weights import AdaptedModel, initial_weights
+from strategies.aggregation import AggregationConfig, build_aggregate
+from strategies.fedprompt import Acceptance
 from strategies.registry import STRATEGIES
 from strategies.sampling import ClientSampler
 
@@ -201,7 +203,14 @@ def test_one_client_federated_is_the_same_client_trained_centrally(build, method
         monkeypatch.setattr(TaskIdentity, name, 1)
     sampler = ClientSampler({7: ClientInfo(0, 4, "shared")}, clients_per_round=1, cohort_size=1, seed=0)
     strategy = STRATEGIES[method](
-        sampler, weighting="uniform", frozen=to_record({}), rounds_done=0, on_round=lambda report: None
+        sampler,
+        weighting="uniform",
+        aggregate=build_aggregate(AggregationConfig("mean", 0.2, 0, 1, 0.0, 1)),
+        acceptance=Acceptance(ReplyLimits(5, 2, 1000), 0.0, 1),
+        frozen=to_record({}),
+        rounds_done=0,
+        on_round=lambda report: None,
+        connected=lambda grid: {7},
     )
     sent = to_record({name: tensor.numpy() for name, tensor in state.items()})
     (message,) = strategy.configure_train(1, sent, ConfigRecord(), grid=None)

@@ -2,9 +2,12 @@ import json
 
 import pytest
 
+from clients import resident
+from clients.local_training import Training
 from experiments import simulation
 from experiments.cli import main
 from experiments.run_folder import RunFolder
+from mops_fl.adapter_folder import load_adapter
 from mops_fl.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("command_in_process")
@@ -43,10 +46,35 @@ def test_unknown_key_is_one_sentence_and_code_2(train, capsys):
     assert errors.count("\n") == 1
 
 
-def test_central_run_cannot_be_resumed_as_a_federation(train, monkeypatch, capsys):
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_central_run_goes_on_to_the_same_bits(train, tmp_path, monkeypatch, method):
+    values = {"method": method, "evaluate_every": 1, "num_server_rounds": 3}
+    train(**values, output_dir=str(tmp_path / "straight"))
+    advance = Training.advance
+
+    def interrupted(self, num_steps):
+        if self._steps_done == 12:
+            raise KeyboardInterrupt
+        advance(self, num_steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "advance", interrupted)
+        code, cut_off = train(**values)
+    assert code == 130
+    assert RunFolder.open(cut_off).summary["rounds"] == 2
+    resident._local_trainer.cache_clear()
+    assert main(["train", "--app", "experiments.dolly", "--resume", str(cut_off)]) == 0
+    adapters = [load_adapter(path / "adapter").arrays for path in (tmp_path / "straight", cut_off)]
+    assert {name: array.tobytes() for name, array in adapters[0].items()} == {
+        name: array.tobytes() for name, array in adapters[1].items()
+    }
+
+
+def test_central_run_cannot_be_resumed_as_a_federation_nor_the_other_way_round(train, tmp_path, capsys):
     _, path = train()
-    exits = []
-    monkeypatch.setattr(simulation.os, "_exit", exits.append)
-    simulation.main(["--app", "experiments.dolly", "--resume", str(path)])
-    assert exits == [2]
-    assert "is a central run" in capsys.readouterr().err
+    assert simulation.run(["--app", "experiments.dolly", "--resume", str(path)]) == 2
+    assert "is a central run; go on with it by `mops-fl train --resume`" in capsys.readouterr().err
+    summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    (path / "summary.json").write_text(json.dumps({**summary, "training": "federated"}), encoding="utf-8")
+    assert main(["train", "--app", "experiments.dolly", "--resume", str(path)]) == 2
+    assert "is a federated run" in capsys.readouterr().err

@@ -8,6 +8,8 @@ from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig, FederationConfig
 from mops_fl.config import section_keys
 from mops_fl.errors import InputError
+from strategies.aggregation import AggregationConfig
+from strategies.privacy import NoiseConfig
 
 APP = Path(__file__).parents[2] / "experiments/dolly"
 OVERLAYS = sorted(path.stem for path in APP.glob("*.toml") if path.name != "pyproject.toml")
@@ -88,7 +90,7 @@ def test_key_that_other_tools_rely_on_is_there(key, run_config):
 
 
 def test_app_has_exactly_the_keys_that_are_read(run_config):
-    assert set(run_config()) == ClientConfig.keys() | section_keys(FederationConfig)
+    assert set(run_config()) == ClientConfig.keys() | section_keys(FederationConfig, AggregationConfig, NoiseConfig)
 
 
 def test_unknown_key_is_refused_by_name_with_the_known_ones(run_config):

@@ -1,3 +1,5 @@
+import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -82,7 +84,36 @@ def test_replies_are_pulled_by_the_ids_that_pushing_gave(app):
     content = RecordDict({"config": ConfigRecord({"value": 5})})
     ids = list(grid.push_messages([grid.create_message(content, MessageType.TRAIN, node, "") for node in (3, 1)]))
     assert len(set(ids)) == 2
-    (reply,) = grid.pull_messages(ids[1:])
+    (reply,) = pulled(grid, ids[1:])
     assert (reply.metadata.src_node_id, reply.metadata.reply_to_message_id) == (1, ids[1])
-    (other,) = grid.pull_messages(ids[:1])
+    (other,) = pulled(grid, ids[:1])
     assert other.metadata.src_node_id == 3
+
+
+def pulled(grid, message_ids):
+    while not (replies := list(grid.pull_messages(message_ids))):
+        time.sleep(0.001)
+    return replies
+
+
+def test_reply_that_comes_after_the_time_limit_is_dropped_and_the_next_one_is_not_mistaken_for_it():
+    app, late = ClientApp(), threading.Event()
+
+    @app.train()
+    def train(message, context):
+        if message.content["config"]["value"] == 1 and context.node_id == 2:
+            late.wait(30)
+        return Message(
+            RecordDict({"value": MetricRecord({"value": message.content["config"]["value"]})}), reply_to=message
+        )
+
+    def ask_both(value):
+        content = RecordDict({"config": ConfigRecord({"value": value})})
+        messages = [Message(content, dst_node_id=node, message_type=MessageType.TRAIN) for node in (1, 2)]
+        replies = grid.send_and_receive(messages, timeout=0.5)
+        return {reply.metadata.src_node_id: reply.content["value"]["value"] for reply in replies}
+
+    grid = InlineGrid(app, 2, {})
+    assert ask_both(1) == {1: 1}
+    late.set()
+    assert ask_both(2) == {1: 2, 2: 2}

@@ -1,12 +1,13 @@
 import time
 
 import pytest
-from flwr.app import Error, Message
+from flwr.app import Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from experiments.nodes import find_clients
+from experiments.nodes import RollCall, find_clients
 from mops_fl.errors import InputError
 from mops_fl.payload import ClientInfo, encode_info
+from strategies.sampling import ClientSampler
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +79,33 @@ def test_too_few_nodes_are_an_input_error_after_the_patience():
 def test_nodes_that_are_not_the_clients_are_an_input_error(answers, complaint):
     with pytest.raises(InputError, match=complaint):
         find_clients(FakeGrid(answers), 2, patience_seconds=0.1)
+
+
+def sampler_of(clients):
+    return ClientSampler(clients, clients_per_round=1, cohort_size=1, seed=0)
+
+
+def test_client_that_came_back_as_another_node_is_asked_there():
+    sampler = sampler_of({10: ClientInfo(0, 4, "a"), 11: ClientInfo(1, 4, "b")})
+    assert RollCall(sampler)(FakeGrid({10: info(0), 77: info(1)})) == {10, 77}
+    assert sampler.node_of == {0: 10, 1: 77}
+
+
+def test_stranger_that_claims_to_be_a_connected_client_is_not_believed():
+    sampler = sampler_of({10: ClientInfo(0, 4, "a"), 11: ClientInfo(1, 4, "b")})
+    RollCall(sampler)(FakeGrid({10: info(0), 77: info(0)}))
+    assert sampler.node_of == {0: 10, 1: 11}
+
+
+@pytest.mark.parametrize("answer", [None, Error(code=2, reason="it broke"), RecordDict()])
+def test_stranger_that_does_not_say_who_it_is_does_no_harm(answer):
+    sampler = sampler_of({10: ClientInfo(0, 4, "a"), 11: ClientInfo(1, 4, "b")})
+    assert RollCall(sampler)(FakeGrid({10: info(0), 77: answer})) == {10, 77}
+    assert sampler.node_of == {0: 10, 1: 11}
+
+
+def test_nobody_is_questioned_while_all_are_there():
+    sampler = sampler_of({10: ClientInfo(0, 4, "a")})
+    grid = FakeGrid({10: info(0), 77: Error(code=2, reason="never asked")})
+    grid.send_and_receive = None
+    RollCall(sampler)(grid)

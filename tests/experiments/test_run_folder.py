@@ -59,14 +59,27 @@ def test_a_line_has_the_contract_s_keys_and_null_for_nan(tmp_path: Path) -> None
     assert math.isnan(series(run.metrics(), "perplexity")[0].value)
 
 
-def test_torn_last_line_is_skipped_and_not_glued_to_the_next(tmp_path: Path) -> None:
+def test_torn_last_line_is_skipped_and_rewinding_cuts_it_off(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, CONFIG)
     log(run, 0, 9.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"round": 1, "client-st')
     assert [entry["round"] for entry in RunFolder.open(tmp_path).metrics()] == [0]
+    RunFolder.open(tmp_path).rewind(0)
     log(run, 1, 8.0)
     assert [entry["value"] for entry in RunFolder.open(tmp_path).metrics()] == [9.0, 8.0]
+
+
+def test_rewinding_drops_later_rounds_and_leaves_every_other_byte(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    for number, value in ((0, 9.0), (0, math.inf), (1, 1 / 3)):
+        log(run, number, value)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    log(run, 2, 7.0)
+    run.rewind(1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    run.rewind(-1)
+    assert run.metrics() == []
 
 
 def test_series_is_in_order_of_rounds_and_a_repeated_round_counts_once(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -9,6 +11,7 @@ from mops_fl.errors import InputError
 from mops_fl.payload import (
     ClientInfo,
     Cohort,
+    ReplyLimits,
     TrainResult,
     check_result,
     decode_info,
@@ -31,6 +34,8 @@ INPUT_PROMPTS = np.array([[0.1, 0.2, 0.3]], np.float32)
 RESULT = TrainResult(
     adapter=ADAPTER, num_examples=5, num_steps=2, num_tokens=40, loss_sum=81.25, seconds=0.5, gate_mass=(1.25, 0.75)
 )
+
+LIMITS = ReplyLimits(num_steps=2, rows_per_step=1, tokens_per_row=20)
 
 
 def through_the_wire(content: RecordDict) -> RecordDict:
@@ -90,12 +95,12 @@ def test_arrays_that_are_not_contiguous_arrive_as_they_look():
 
 
 def test_good_reply_is_accepted():
-    check_result(through_the_wire(encode_result(RESULT)), to_record(ADAPTER))
+    check_result(through_the_wire(encode_result(RESULT)), to_record(ADAPTER), LIMITS)
 
 
 def test_reply_without_gate_is_accepted():
     plain = TrainResult({"prompts": PROMPTS}, 5, 2, 40, 81.25, 0.5, ())
-    check_result(through_the_wire(encode_result(plain)), to_record({"prompts": PROMPTS}))
+    check_result(through_the_wire(encode_result(plain)), to_record({"prompts": PROMPTS}), LIMITS)
 
 
 def changed(name, array):
@@ -119,7 +124,7 @@ def test_reply_with_wrong_arrays_is_refused(arrays, complaint):
     content = encode_result(RESULT)
     content["arrays"] = to_record(arrays)
     with pytest.raises(InputError) as refusal:
-        check_result(content, to_record(ADAPTER))
+        check_result(content, to_record(ADAPTER), LIMITS)
     assert complaint in str(refusal.value)
 
 
@@ -127,6 +132,9 @@ def test_reply_with_wrong_arrays_is_refused(arrays, complaint):
     ("metric", "value"),
     [
         *((name, value) for name in ("num-examples", "num-steps", "num-tokens") for value in (0, -1, 2.0)),
+        *((name, value) for name, most in (("num-steps", 2), ("num-tokens", 40)) for value in (most + 1, 2**62)),
+        ("gate-mass", [1.5, 0.6]),
+        ("gate-mass", [1e300, 0.0]),
         *(("loss-sum", value) for value in (float("nan"), float("inf"))),
         ("seconds", float("nan")),
         ("gate-mass", [1.0, float("nan")]),
@@ -136,7 +144,49 @@ def test_reply_with_a_wrong_metric_is_refused(metric, value):
     content = encode_result(RESULT)
     content["metrics"][metric] = value
     with pytest.raises(InputError, match=f"Metric {metric}"):
-        check_result(content, to_record(ADAPTER))
+        check_result(content, to_record(ADAPTER), LIMITS)
+
+
+def saved(save, *arrays):
+    file = io.BytesIO()
+    save(file, *arrays)
+    return file.getvalue()
+
+
+def header_of_a_terabyte():
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (1 << 38,)})
+    return file.getvalue() + bytes(8)
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        pytest.param(Array(np.zeros(2, np.float32)).data + bytes(2000), "bytes, not 136 as was sent", id="oversized"),
+        pytest.param(saved(np.savez_compressed, np.zeros(2, np.float32)), "cannot be decoded", id="archive"),
+        pytest.param(b"PK\x03\x04 nothing", "cannot be decoded", id="broken archive"),
+        pytest.param(header_of_a_terabyte(), "cannot be decoded", id="says it is a terabyte"),
+    ],
+)
+def test_bytes_that_are_not_the_array_are_refused(data, complaint):
+    content = encode_result(RESULT)
+    content["arrays"]["gate.b2"] = Array("float32", (2,), "numpy.ndarray", data)
+    with pytest.raises(InputError, match=complaint):
+        check_result(content, to_record(ADAPTER), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"partition-id": 1, "num-examples": 3},
+        {"partition-id": 1, "num-examples": -3, "trainer": "a"},
+        {"partition-id": 1.0, "num-examples": 3, "trainer": "a"},
+    ],
+)
+def test_answer_that_does_not_say_who_a_node_is_is_refused(config):
+    with pytest.raises(InputError, match="not who it is"):
+        decode_info(RecordDict({"config": ConfigRecord(config)}))
 
 
 @pytest.mark.parametrize("name", ["num-examples", "num-steps", "num-tokens", "loss-sum", "seconds", "gate-mass"])
@@ -144,7 +194,7 @@ def test_reply_without_a_metric_is_refused(name):
     content = encode_result(RESULT)
     del content["metrics"][name]
     with pytest.raises(InputError, match="exactly"):
-        check_result(content, to_record(ADAPTER))
+        check_result(content, to_record(ADAPTER), LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -159,18 +209,18 @@ def test_reply_with_another_record_is_refused(name, record):
     content = encode_result(RESULT)
     content[name] = record
     with pytest.raises(InputError, match="exactly"):
-        check_result(content, to_record(ADAPTER))
+        check_result(content, to_record(ADAPTER), LIMITS)
 
 
 def test_reply_with_another_metric_is_refused():
     content = encode_result(RESULT)
     content["metrics"]["accuracy"] = 1.0
     with pytest.raises(InputError, match="exactly"):
-        check_result(content, to_record(ADAPTER))
+        check_result(content, to_record(ADAPTER), LIMITS)
 
 
 def test_reply_without_arrays_is_refused():
     content = encode_result(RESULT)
     del content["arrays"]
     with pytest.raises(InputError, match="exactly"):
-        check_result(content, to_record(ADAPTER))
+        check_result(content, to_record(ADAPTER), LIMITS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import pytest
@@ -10,8 +10,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
-from mops_fl.payload import ClientInfo, TrainResult, encode_result, to_record
-from strategies.fedprompt import FedPrompt, RoundReport
+from mops_fl.payload import ClientInfo, ReplyLimits, TrainResult, encode_result, to_record
+from strategies.aggregation import Aggregate, AggregationConfig, build_aggregate
+from strategies.fedprompt import Acceptance, FedPrompt, RoundReport
 from strategies.sampling import ClientSampler
 
 FROZEN = {"input-prompts": np.zeros((2, 3), np.float32)}  # 24 bytes
@@ -35,12 +36,19 @@ class Round:
         weighting: str = "uniform",
         rounds_done: int = 0,
         cohort_size: int = 2,
+        aggregate: Aggregate | None = None,
+        max_norm_ratio: float = 0.0,
+        min_replies: int = 1,
+        absent: Collection[int] = (),
     ) -> None:
         clients = {90 + i: ClientInfo(i, 10, "shared") for i in range(num_clients)}
         self.reports: list[RoundReport] = []
         self.strategy = strategy_class(
             ClientSampler(clients, clients_per_round=num_clients, cohort_size=cohort_size, seed=0),
             weighting=weighting,
+            aggregate=aggregate or build_aggregate(AggregationConfig("mean", 0.2, 2, 1, 0.0, 1)),
+            acceptance=Acceptance(ReplyLimits(5, 2, 50), max_norm_ratio, min_replies),
+            connected=lambda grid: set(clients) - {90 + client for client in absent},
             frozen=to_record(FROZEN),
             rounds_done=rounds_done,
             on_round=self.reports.append,

@@ -5,7 +5,8 @@ import pytest
 from flwr.app import Error, Message, MetricRecord, RecordDict
 
 from mops_fl.payload import Cohort, TrainResult, decode_request
-from strategies.fedprompt import FedPrompt, RoundError, sum_metrics
+from strategies.fedprompt import FedPrompt, RoundError
+from strategies.totals import sum_metrics
 
 START = {"prompts": np.zeros((1, 2), np.float32), "bias": np.zeros(1, np.float32)}  # 12 bytes
 
@@ -39,7 +40,7 @@ def test_each_sampled_client_is_asked_once_with_its_cohort_and_the_global_adapte
             "prompts": [[0.0, 0.0]],
             "bias": [0.0],
         }
-        assert request.input_prompts.shape == (2, 3)
+        assert request.frozen["input-prompts"].shape == (2, 3)
 
 
 def test_cohorts_are_asked_by_turns(ask):
@@ -106,7 +107,8 @@ def test_broken_reply_is_left_out_and_reported_with_its_client(ask, kind):
     assert totals["num-tokens"] == 20
     (report,) = asked.reports
     (failure,) = report.failures
-    assert failure.startswith(f"Client 1: {reason}")
+    assert failure.who == "Client 1 (node 91)"
+    assert failure.reason.startswith(reason)
 
 
 @pytest.mark.parametrize("kind", range(6))
@@ -114,7 +116,7 @@ def test_round_without_a_usable_reply_is_an_error(ask, kind):
     asked = ask(FedPrompt, START, num_clients=2, rounds_done=6)
     broken, _ = broken_replies(asked)[kind]
     failed = Message(Error(code=2, reason="first"), reply_to=asked.message_to(0))
-    with pytest.raises(RoundError, match=r"Round 7 had no usable reply from 2 clients. Client 0: first"):
+    with pytest.raises(RoundError, match=r"Round 7 had no usable reply from 2 clients. Client 0 .node 90.: first"):
         asked.strategy.aggregate_train(1, [*broken, failed])
     assert asked.reports == []
 

@@ -47,4 +47,5 @@ def test_hostile_reply_is_refused_and_the_others_are_averaged(ask, record, conte
     arrays, _ = asked.strategy.aggregate_train(1, [asked.reply_with(0, hostile), asked.reply(1, GOOD)])
     assert arrays["prompts"].numpy().tolist() == [[1.0, 1.0]]
     (failure,) = asked.reports[0].failures
-    assert failure.startswith("Client 0: refused: ")
+    assert (failure.client, failure.node_id) == (0, 90)
+    assert failure.reason.startswith("refused: ")

@@ -84,7 +84,8 @@ def test_reply_without_a_mass_for_each_expert_is_refused(ask, gate_mass):
     )
     assert totals["gate-mass"] == [1.0, 1.0]
     (failure,) = asked.reports[0].failures
-    assert failure.startswith("Client 0: refused: ")
+    assert (failure.client, failure.node_id) == (0, 90)
+    assert failure.reason.startswith("refused: ")
 
 
 def test_mops_refuses_what_fedprompt_refuses(ask):

@@ -1,0 +1,49 @@
+"""Files that are whole or not there, whenever the process is killed or the machine loses its power."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mops_fl.errors import RunError
+
+PARTIAL = ".partial"
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file in one step: whoever reads it, now or after a crash, sees the old content or the new.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    with writing(path):
+        temporary = path.with_name(path.name + PARTIAL)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever keeps `path` from being written, a full disk or missing rights, ends the run with one sentence.
+
+    Raises:
+        RunError: says what.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"{path} cannot be written ({reason}); mend that, then go on with --resume.") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a file's new name last; its content alone is not enough."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
