@@ -24,11 +24,12 @@ from clients.lanes import Lanes
 from clients.local_training import ClientRows, Training, train_cohort
 from mops_fl.adapter import AdapterState
 from mops_fl.backbone import Backbone
+from mops_fl.compressed import resolve_model, weights_sha256
 from mops_fl.config import Scalar
 from mops_fl.data import Row, TaskData, load_task_data
 from mops_fl.encoding import EncodedRow, RowEncoder
 from mops_fl.errors import InputError
-from mops_fl.evaluation import Evaluation, evaluate, evaluate_bare
+from mops_fl.evaluation import Evaluation, by_length, evaluate, evaluate_bare
 from mops_fl.methods import require_method
 from mops_fl.model import AdaptableModel, check_inject_layer
 from mops_fl.payload import INPUT_PROMPTS, Arrays, ClientInfo, TrainRequest, TrainResult
@@ -68,6 +69,7 @@ class Setting:
         device: where it runs.
         hidden_size: the backbone's.
         num_layers: the backbone's.
+        backbone_sha256: of the backbone's weights, see `mops_fl.compressed.weights_sha256`.
     """
 
     tasks: tuple[str, ...]
@@ -80,6 +82,7 @@ class Setting:
     device: str
     hidden_size: int
     num_layers: int
+    backbone_sha256: str
 
 
 class Trainer:
@@ -209,9 +212,7 @@ class Trainer:
 
     @cached_property
     def _test_rows(self) -> list[EncodedRow]:
-        # By length: rows of a packed batch then fill it alike, whatever its tasks.
-        rows = self._encode(self._data.evaluation_rows(self._config.trainer.eval_rows))
-        return sorted(rows, key=lambda row: (len(row.token_ids), row.row_id))
+        return by_length(self._encode(self._data.evaluation_rows(self._config.trainer.eval_rows)))
 
     def _encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
         for row in rows:
@@ -238,6 +239,7 @@ class Trainer:
             device=torch.cuda.get_device_name() if self._backbone.device.type == "cuda" else "cpu",
             hidden_size=self._backbone.hidden_size,
             num_layers=self._backbone.num_layers,
+            backbone_sha256=weights_sha256(resolve_model(self._config.backbone)),
         )
 
     def _train_cohort(self, request: TrainRequest) -> dict[int, TrainResult]:

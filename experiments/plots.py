@@ -84,7 +84,7 @@ def plot_gate(run: RunFolder, target: Path) -> bool:
         False, and nothing is written, if the run has no gate.
     """
     metrics = run.metrics()
-    maps = _gate_maps(metrics)
+    maps = gate_maps(metrics)
     if not maps:
         return False
     tasks = task_names(metrics)
@@ -193,7 +193,7 @@ def differing_keys(configs: Sequence[Mapping[str, Any]], ignore: Sequence[str] =
     return [key for key in keys if len({config.get(key) for config in configs}) > 1]
 
 
-def _gate_maps(metrics: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
+def gate_maps(metrics: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
     """Mean gate scores by round: arrays (experts, tasks), NaN where nothing was measured."""
     tasks = {task: column for column, task in enumerate(task_names(metrics))}
     prefix = "gate-expert-"

@@ -68,7 +68,7 @@ def print_perplexity_table(summary: Mapping[str, Any], console: Console) -> None
         summary: what `RunFolder.results` returns.
         console: where to print.
     """
-    table = Table(title=f"Test perplexity, {method_name(summary)} on {_backbone_name(summary)}")
+    table = Table(title=f"Test perplexity, {method_name(summary)} on {backbone_name(summary)}")
     table.add_column("task")
     for column in ("bare model", "before", "after", "change"):
         table.add_column(column, justify="right")
@@ -136,7 +136,7 @@ def _contents(run: RunFolder) -> dict[str, Any]:
     paths = {name: run.path / f"{name}.png" for name in plots}
     return {
         "method": method_name(summary),
-        "backbone": _backbone_name(summary),
+        "backbone": backbone_name(summary),
         "dataset": str(summary.get("dataset", "unknown data")),
         "data_description": summary.get("data_description", ""),
         "data_is_sample": summary.get("data_is_sample", False),
@@ -181,7 +181,7 @@ def _setting(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in named.items()]
 
 
-def _backbone_name(summary: Mapping[str, Any]) -> str:
+def backbone_name(summary: Mapping[str, Any]) -> str:
     """The backbone without owner or folders, and how it is compressed if it is."""
     name = Path(str(summary.get("backbone", "unknown model"))).name
     changes = [summary.get(key) for key in ("compression", "quantization")]

@@ -85,11 +85,19 @@ class TaskData:
 
     def evaluation_rows(self, count: int) -> tuple[Row, ...]:
         """The first `count` test rows, spread evenly over the tasks; all of them for 0."""
-        if count == 0 or count >= len(self.test):
-            return self.test
-        by_task = {task: [row for row in self.test if row.task == task] for task in self.tasks}
-        ranked = sorted((rank, row.row_id, row) for rows in by_task.values() for rank, row in enumerate(rows))
-        return tuple(row for _, _, row in ranked[:count])
+        return spread_rows(self.test, count)
+
+
+def spread_rows(rows: Sequence[Row], count: int) -> tuple[Row, ...]:
+    """The first `count` rows, spread evenly over their tasks; all of them for 0."""
+    if count == 0 or count >= len(rows):
+        return tuple(rows)
+    seen: Counter[str] = Counter()
+    ranked = []
+    for row in rows:
+        ranked.append((seen[row.task], row.row_id, row))
+        seen[row.task] += 1
+    return tuple(row for _, _, row in sorted(ranked)[:count])
 
 
 def load_task_data(config: DataConfig) -> TaskData:
@@ -142,8 +150,12 @@ def rows_of_tasks(files: Iterable[TaskFile]) -> Iterator[Row]:
             row_id += 1
 
 
-def read_dolly(path: Path) -> Iterator[Row]:
+def read_dolly(path: Path, *, any_task: bool = False) -> Iterator[Row]:
     """Read the seven tasks of a `.jsonl` or `.jsonl.gz` in Dolly's columns; exact duplicates are dropped.
+
+    Args:
+        path: the file.
+        any_task: whether `category` may be anything, and all rows are wanted.
 
     Raises:
         InputError: names the file and the line that is wrong.
@@ -152,7 +164,7 @@ def read_dolly(path: Path) -> Iterator[Row]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                row = _parse_dolly_line(line, number, path)
+                row = _parse_dolly_line(line, number, path, any_task)
                 if row is not None and (row.instruction, row.context, row.response) not in seen:
                     seen.add((row.instruction, row.context, row.response))
                     yield row
@@ -223,7 +235,7 @@ def _shortfall(used: Sequence[Row], server: Sequence[Row], tasks: Sequence[str],
     return text
 
 
-def _parse_dolly_line(line: str, number: int, path: Path) -> Row | None:
+def _parse_dolly_line(line: str, number: int, path: Path, any_task: bool) -> Row | None:
     where = f"Line {number} of {path}"
     try:
         fields: dict[str, Any] = json.loads(line)
@@ -235,9 +247,9 @@ def _parse_dolly_line(line: str, number: int, path: Path) -> Row | None:
             f"{where} is not a JSON object with the texts instruction, context, response and category; "
             "correct or remove it."
         ) from error
-    if task in DOLLY_UNUSED:
+    if task in DOLLY_UNUSED and not any_task:
         return None
-    if task not in DOLLY_TASKS:
+    if task not in DOLLY_TASKS and not (any_task and task):
         raise InputError(f"{where} has the unknown task {task!r}; known are: {', '.join(DOLLY_TASKS + DOLLY_UNUSED)}.")
     if not instruction or not response:
         raise InputError(f"{where} has no {'response' if instruction else 'instruction'}; correct or remove it.")

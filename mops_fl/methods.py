@@ -15,7 +15,7 @@ from mops_fl.evaluation import Spread
 from mops_fl.model import AdaptableModel, PromptedModel
 from mops_fl.payload import INPUT_PROMPTS
 from mops_fl.pretraining import Pretrained, pretrain
-from mops_fl.routing import Neighbours
+from mops_fl.routing import EXPERTS, KEYS, Neighbours
 from mops_fl.state_cache import StateCache
 from mops_fl.weights import AdaptedModel, initial_weights
 
@@ -64,6 +64,9 @@ def _adapted_model(
     """Adapters of weights change every layer, so that no state could be kept."""
     return AdaptedModel(backbone, config)
 
+
+# What an adapter needs beside what is trained, by the names it has on the wire and on disk.
+FROZEN_ARRAYS = (INPUT_PROMPTS, KEYS, EXPERTS)
 
 _WEIGHTS = Method(gated=False, model=_adapted_model, start=_start_of_weights)
 METHODS = {

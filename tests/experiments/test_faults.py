@@ -118,7 +118,7 @@ def test_two_hostile_clients_of_ten_do_harm_to_the_mean_and_little_to_krum(comma
         assert command(clients_per_round=10, output_dir=str(folder), num_server_rounds=1, **changes)[0] == 0
         assert RunFolder.open(folder).summary["failures"] == 0
         assert RunFolder.open(folder).summary["aggregation"] == changes["aggregation"]
-        return np.abs(load_adapter(folder / "adapter")[0]["prompts"]).max()
+        return np.abs(load_adapter(folder / "adapter").arrays["prompts"]).max()
 
     honest = moved(aggregation="mean", max_norm_ratio=0.0)
     tamper(change)
@@ -161,7 +161,7 @@ def test_too_few_replies_end_the_run_with_code_1_and_it_can_be_resumed(command, 
     assert errors.startswith("flower-simulation: Round 2 had 2 usable replies from 3 clients, 3 are needed.")
     assert RunFolder.open(tmp_path / "run").summary["status"] == "failed"
     assert command(resume=tmp_path / "run")[0] == 0
-    resumed, straight = (load_adapter(tmp_path / name / "adapter")[0] for name in ("run", "straight"))
+    resumed, straight = (load_adapter(tmp_path / name / "adapter").arrays for name in ("run", "straight"))
     assert all((resumed[name] == straight[name]).all() for name in straight)
 
 
@@ -185,7 +185,7 @@ def test_full_disk_ends_the_run_with_one_sentence_and_it_can_be_resumed(command,
         assert command(resume=tmp_path / "run")[0] == 0
     else:
         assert command()[0] == 0
-    resumed, straight = (load_adapter(tmp_path / name / "adapter")[0] for name in ("run", "straight"))
+    resumed, straight = (load_adapter(tmp_path / name / "adapter").arrays for name in ("run", "straight"))
     assert all((resumed[name] == straight[name]).all() for name in straight)
 
 

@@ -114,7 +114,7 @@ def outcome(folder):
         if entry["metric"] != "tokens-per-second"
     ]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    adapter = {name: array.tobytes() for name, array in load_adapter(folder / "adapter")[0].items()}
+    adapter = {name: array.tobytes() for name, array in load_adapter(folder / "adapter").arrays.items()}
     return adapter, metrics, {key: value for key, value in summary.items() if key not in INFLUENCED_BY_TIME}
 
 

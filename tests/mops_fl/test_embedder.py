@@ -56,6 +56,10 @@ def test_gate_sees_the_question_alone_as_the_other_model_does(
     pooled = model.row_states(rows[:1])[0].pooled
     assert torch.equal(pooled, backbone.embedder(question))
     scores = model.losses(model.adapter([start.adapter]), rows[:1]).scores
+    padded = torch.stack([torch.cat([torch.tensor([7, 7]), rows[0].token_ids[:8]]), make_row(9).token_ids[:10]])
+    kept = torch.arange(10) >= torch.tensor([[2], [0]])
+    in_generation = model.gate_scores(model.adapter([start.adapter]), padded, kept)
+    torch.testing.assert_close(in_generation[:1], scores, rtol=0, atol=1e-6)
     if routing == "nearest":
         assert scores.tolist() == [[1, 0, 0]]  # row 0 is among the server's rows, and so its own nearest
     else:
