@@ -103,7 +103,7 @@ def test_broken_update_is_refused_counted_and_named_and_the_others_are_averaged(
     assert [point.value for point in series(run.metrics(), "failures", split="train")] == [1, 1]
     assert f"Client {min(broken)} (node {min(broken) + 1}): refused: " in output or "as above" in output
     assert run.summary["client_steps"] == 2 * 5 * 2  # rounds, usable replies, local steps
-    assert all(np.abs(array).max() < 10 for array in load_adapter(tmp_path / "run/adapter")[0].values())
+    assert all(np.abs(array).max() < 10 for array in load_adapter(tmp_path / "run/adapter").arrays.values())
 
 
 def test_two_hostile_clients_of_ten_do_harm_to_the_mean_and_little_to_krum(command, tamper, tmp_path):
