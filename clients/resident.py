@@ -103,8 +103,8 @@ def _call(actor: Any, method: str, *args: object) -> Any:  # noqa: ANN401
         return ray.get(actor.call.remote(method, *args))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
-    except ray.exceptions.RayActorError as error:
+    except ray.exceptions.RayActorError:
         raise RunError(
             "The trainer died again and again over the same work, as it does where memory is too small; free some and "
             "go on with --resume, or run anew with a lower `cohort-size` or `max-length`."
-        ) from error
+        ) from None  # what a client shows of an error is its first cause

@@ -139,11 +139,11 @@ class Run(ABC):
         return checkpoint
 
     def _finish(self, checkpoint: Checkpoint) -> None:
-        arrays = {**checkpoint.adapter, **checkpoint.frozen}
         with writing(self._folder.path):
-            self._write_summary("complete", checkpoint)
+            arrays = {**checkpoint.adapter, **checkpoint.frozen}
             saved = SavedAdapter(self._description(), arrays, model_card(self._folder, self._description()))
             save_adapter(self._folder.path / RUN_ADAPTER, saved)
+            self._write_summary("complete", checkpoint)
             report = write_report(self._folder)
         print_perplexity_table(self._folder.results(), self._console)
         self._display.say(f"report: {report}")

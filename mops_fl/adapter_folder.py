@@ -81,7 +81,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(array) for name, array in adapter.arrays.items()}
-    (folder / TENSORS).write_bytes(save(tensors))
+    (folder / TENSORS).write_bytes(save(tensors))  # safetensors' own writing would hide why the disk refuses
     config = _to_json(adapter.description) | {"sha256": {TENSORS: _file_sha256(folder / TENSORS)}}
     (folder / CONFIG).write_text(json.dumps(config | {"checksum": _checksum(config)}, indent=2) + "\n", "utf-8")
     (folder / CARD).write_text(adapter.card, encoding="utf-8")

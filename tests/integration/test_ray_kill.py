@@ -42,8 +42,7 @@ def wait_for_round(process, number):
     raise AssertionError(f"the run ended before round {number}")
 
 
-@pytest.mark.parametrize("who", ["server", "everything"])
-@pytest.mark.parametrize("moment", [0, 1])
+@pytest.mark.parametrize(("who", "moment"), [("server", 0), ("everything", 1)])
 def test_killed_simulation_is_resumed_to_the_same_bits(simulate, environment, straight, tmp_path, who, moment):
     process = simulate(**VALUES)
     draw = random.Random(moment)
