@@ -10,6 +10,7 @@ import functools
 import hashlib
 import resource
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -31,8 +32,18 @@ from mops_fl.errors import InputError
 from mops_fl.evaluation import Evaluation, evaluate, evaluate_bare
 from mops_fl.methods import require_method
 from mops_fl.model import AdaptableModel, check_inject_layer
-from mops_fl.payload import INPUT_PROMPTS, Arrays, ClientInfo, TrainRequest, TrainResult
+from mops_fl.own_rows import hold_out, load_own_rows, load_server_rows
+from mops_fl.payload import (
+    INPUT_PROMPTS,
+    Arrays,
+    ClientInfo,
+    EvaluateRequest,
+    EvaluateResult,
+    TrainRequest,
+    TrainResult,
+)
 from mops_fl.state_cache import StateCache
+from partitioning import OWN_ROWS
 from partitioning.manifest import build_manifest
 from partitioning.registry import partition_rows
 
@@ -85,13 +96,19 @@ class Trainer:
     Cohorts and evaluation batches run on the machine's lanes. What a call returns does not depend on what else runs.
     """
 
-    def __init__(self, run_config: Mapping[str, Scalar]) -> None:
+    def __init__(self, run_config: Mapping[str, Scalar], own_data: str = "") -> None:
         """Keep the config; data and model are loaded when first needed.
+
+        Args:
+            run_config: the run-config.
+            own_data: file or folder with the rows of the one client that this trainer then works for; empty where
+                clients share a data set.
 
         Raises:
             InputError: the config is not valid.
         """
         self._config = ClientConfig.from_run_config(run_config)
+        self._own_data = own_data
         self._method = require_method(self._config.adapter.method)
         self._lanes = Lanes.of_this_machine()
         self._name = uuid4().hex
@@ -112,7 +129,9 @@ class Trainer:
     def describe(self, partition_id: int) -> ClientInfo:
         """What a client answers when asked who it is."""
         with self._lock:
-            return ClientInfo(partition_id, len(self._rows_of(partition_id)), self._name)
+            rows = self._rows_of(partition_id)[0]
+            own_rows = Counter(row.task for row in rows) if self._own_data else None
+            return ClientInfo(partition_id, len(rows), self._name, own_rows)
 
     def prepare(self) -> Start:
         """Pretrain the input prompts and the gate on the server's rows."""
@@ -137,6 +156,24 @@ class Trainer:
         with self._lock:
             backbone, rows = self._backbone, self._test_rows
         return evaluate_bare(backbone, rows, self._data.tasks, spread=self._lanes.map)
+
+    def evaluate_client(self, partition_id: int, request: EvaluateRequest) -> EvaluateResult:
+        """Measure an adapter, or the backbone alone, on the rows that this client keeps back.
+
+        Raises:
+            InputError: it keeps none.
+        """
+        with self._lock:
+            rows = self._encode(self._rows_of(partition_id)[1])
+            model = self._adaptable_model(request.frozen) if request.adapter else None
+        if not rows:
+            raise InputError(f"Client {partition_id} has no rows to be measured on; give it two of a task at least.")
+        tasks, spread = self._data.tasks, self._lanes.map
+        if model is None:
+            measured = evaluate_bare(self._backbone, rows, tasks, spread=spread)
+        else:
+            measured = evaluate(model, model.adapter([_tensors(request.adapter)]), rows, tasks, spread=spread)
+        return measured.sums(request.tasks, Counter(tasks[row.task] for row in rows))
 
     def train(self, partition_id: int, request: TrainRequest) -> TrainResult:
         """Train the cohort named in the request, once, and return this client's part of it.
@@ -185,10 +222,16 @@ class Trainer:
 
     @cached_property
     def _data(self) -> TaskData:
+        if self._own_data:
+            return load_own_rows(self._config.data, self._own_data)
+        if self._config.partition.partitioner == OWN_ROWS:
+            return load_server_rows(self._config.data, with_test=self._config.trainer.evaluate_on == "server")
         return load_task_data(self._config.data)
 
     @cached_property
     def _rows_per_client(self) -> list[list[int]]:
+        if self._config.partition.partitioner == OWN_ROWS:
+            return [[] for _ in range(self._config.partition.num_clients)]
         try:
             return partition_rows([row.task for row in self._data.train], config=self._config.partition)
         except ValueError as error:
@@ -225,7 +268,7 @@ class Trainer:
             data_is_sample=data.is_sample,
             rows={
                 "train": len(train),
-                "test": len(self._test_rows),
+                "test": len(self._test_rows) if self._config.trainer.evaluate_on == "server" else 0,
                 "server": len(server),
                 "truncated": sum(row.truncated for row in [*train, *test, *server]),
             },
@@ -241,24 +284,31 @@ class Trainer:
             model = self._adaptable_model({INPUT_PROMPTS: request.input_prompts})
             clients = {
                 partition_id: ClientRows(
-                    self._encode([self._data.train[index] for index in rows]),
+                    self._encode(rows),
                     seed=(self._config.partition.seed, request.server_round, partition_id),
                 )
                 for partition_id in request.cohort.members
-                if (rows := self._rows_of(partition_id))
+                if (rows := self._rows_of(partition_id)[0])
             }
         if not clients:
             return {}
         results = train_cohort(model, _tensors(request.adapter), list(clients.values()), self._config.train)
         return dict(zip(clients, results, strict=True))
 
-    def _rows_of(self, partition_id: int) -> list[int]:
+    def _rows_of(self, partition_id: int) -> tuple[Sequence[Row], Sequence[Row]]:
+        """The rows that a client trains on, and those that it keeps back to be measured on."""
+        rows = self._data.train if self._own_data else self._dealt_to(partition_id)
+        if self._config.trainer.evaluate_on == "server":
+            return rows, ()
+        return hold_out(rows, self._config.data.test_fraction, self._config.data.data_seed)
+
+    def _dealt_to(self, partition_id: int) -> list[Row]:
         if not 0 <= partition_id < len(self._rows_per_client):
             raise InputError(
                 f"There is no client {partition_id}: num-clients is {len(self._rows_per_client)}; "
                 "start as many SuperNodes as num-clients."
             )
-        return self._rows_per_client[partition_id]
+        return [self._data.train[index] for index in self._rows_per_client[partition_id]]
 
     def _adaptable_model(self, frozen: Arrays) -> AdaptableModel:
         """The model with these input prompts; its cached states live as long as the prompts stay the same."""

@@ -7,17 +7,28 @@ from collections.abc import Sequence
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before anything imports flwr, which reads it then
 
-from experiments import compare, compress_command, fetch_command, report, sweep_command, train_command
+from experiments import (
+    certificates,
+    compare,
+    compress_command,
+    deploy_demo_command,
+    fetch_command,
+    report,
+    sweep_command,
+    train_command,
+)
 from mops_fl.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input ends it with one sentence and exit code 2."""
     parser = argparse.ArgumentParser(
-        "mops-fl", description="Fetch model and data, prune, train, sweep, report on runs, compare them."
+        "mops-fl", description="Fetch model and data, prune, train, sweep, report on runs, compare them, deploy."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (fetch_command, compress_command, train_command, sweep_command, report, compare):
+    for command in (
+        fetch_command, compress_command, train_command, sweep_command, report, compare, certificates, deploy_demo_command
+    ):  # fmt: skip
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:

@@ -1,11 +1,16 @@
-"""The wire contract: what a train message and its reply carry, as Flower records.
+"""The wire contract: what each message and its reply carry, as Flower records. Nothing else leaves a client.
 
-Message  `arrays`   the adapter, name -> float32
+Train    `arrays`   the adapter, name -> float32
          `frozen`   the input prompts P1
          `config`   server-round, cohort (partition ids trained together), cohort-number, num-cohorts
 Reply    `arrays`   the trained adapter, same names and shapes
          `metrics`  num-examples, num-steps, num-tokens, loss-sum (nats), seconds, gate-mass (one number per expert)
-Query    `config`   partition-id, num-examples, trainer (clients that name the same one can be trained together)
+Evaluate `arrays`, `frozen` as above, neither for the bare model
+         `config`   tasks, by name
+Reply    `metrics`  loss-sum (nats), num-tokens and num-rows of each task, gate-mass (task after task, each expert)
+Query    nothing
+Reply    `config`   partition-id, num-examples, trainer (clients that name the same one can be trained together); if
+                    the rows are the client's own also its tasks and the rows-per-task
 """
 
 from collections.abc import Mapping
@@ -29,6 +34,9 @@ COHORT_NUMBER = "cohort-number"
 NUM_COHORTS = "num-cohorts"
 
 Arrays = Mapping[str, NDArray[np.float32]]
+
+TASKS = "tasks"
+NOT_NUMBERED = -1  # the partition id of a client with rows of its own, until the server has numbered it
 
 _METRIC_NAMES = {"num-examples", "num-steps", "num-tokens", "loss-sum", "seconds", "gate-mass"}
 
@@ -93,14 +101,48 @@ class ClientInfo:
     """What a node says of itself.
 
     Attributes:
-        partition_id: which client it is.
-        num_examples: rows it holds.
+        partition_id: which client it is, or `NOT_NUMBERED`.
+        num_examples: rows it trains on.
         trainer: name of the resident trainer that works for it.
+        own_rows: if its rows are its own and no part of a shared set, how many it has of each of its tasks.
     """
 
     partition_id: int
     num_examples: int
     trainer: str
+    own_rows: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """What one client is asked to measure on the rows that it keeps back.
+
+    Attributes:
+        tasks: tasks in the order of the answer.
+        adapter: the adapter; empty for the model without prompts.
+        frozen: the input prompts P1 under their wire name; empty likewise.
+    """
+
+    tasks: tuple[str, ...]
+    adapter: Arrays
+    frozen: Arrays
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What one client measured: sums over its rows of each task.
+
+    Attributes:
+        loss_sum: nats, per task.
+        num_tokens: tokens that carried loss, per task.
+        num_rows: rows, per task.
+        gate_mass: summed gate score of each expert, task after task; empty without a gate.
+    """
+
+    loss_sum: tuple[float, ...]
+    num_tokens: tuple[int, ...]
+    num_rows: tuple[int, ...]
+    gate_mass: tuple[float, ...]
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:
@@ -203,10 +245,68 @@ def encode_info(info: ClientInfo) -> RecordDict:
     config = ConfigRecord(
         {"partition-id": info.partition_id, "num-examples": info.num_examples, "trainer": info.trainer}
     )
+    if info.own_rows is not None:
+        config[TASKS] = list(info.own_rows)
+        config["rows-per-task"] = list(info.own_rows.values())
     return RecordDict({CONFIG: config})
 
 
 def decode_info(content: RecordDict) -> ClientInfo:
     """A node's answer to the query who it is."""
     config: dict[str, Any] = dict(content.config_records[CONFIG])
-    return ClientInfo(config["partition-id"], config["num-examples"], config["trainer"])
+    own_rows = dict(zip(config[TASKS], config["rows-per-task"], strict=True)) if TASKS in config else None
+    return ClientInfo(config["partition-id"], config["num-examples"], config["trainer"], own_rows)
+
+
+def encode_evaluate_request(request: EvaluateRequest) -> RecordDict:
+    """The content of an evaluate message."""
+    return RecordDict(
+        {
+            ARRAYS: to_record(request.adapter),
+            FROZEN: to_record(request.frozen),
+            CONFIG: ConfigRecord({TASKS: list(request.tasks)}),
+        }
+    )
+
+
+def decode_evaluate_request(content: RecordDict) -> EvaluateRequest:
+    """An evaluate message's content."""
+    config: dict[str, Any] = dict(content.config_records[CONFIG])
+    return EvaluateRequest(
+        tasks=tuple(config[TASKS]),
+        adapter=from_record(content.array_records[ARRAYS]),
+        frozen=from_record(content.array_records[FROZEN]),
+    )
+
+
+def encode_evaluate_result(result: EvaluateResult) -> RecordDict:
+    """The content of the reply to an evaluate message."""
+    metrics = MetricRecord()
+    for name, values in vars(result).items():
+        metrics[name.replace("_", "-")] = list(values)
+    return RecordDict({METRICS: metrics})
+
+
+def decode_evaluate_result(content: RecordDict, num_tasks: int, num_experts: int) -> EvaluateResult:
+    """A measurement that can be added to others.
+
+    Args:
+        content: a reply's content; anything may be in it.
+        num_tasks: tasks that were asked for.
+        num_experts: experts of the adapter's gate, 0 without one.
+
+    Raises:
+        InputError: it does not hold one finite sum of at least 0 for each task, and for each of its experts.
+    """
+    metrics: dict[str, Any] = dict(content.metric_records.get(METRICS, {}))
+    lengths = {"loss-sum": num_tasks, "num-tokens": num_tasks, "num-rows": num_tasks}
+    lengths["gate-mass"] = num_tasks * num_experts
+    if set(metrics) != set(lengths):
+        raise InputError("The reply does not hold exactly the sums of an evaluation; update the client's software.")
+    for name, length in lengths.items():
+        values = metrics[name]
+        if not isinstance(values, list) or len(values) != length:
+            raise InputError(f"Metric {name} is not a list of {length} numbers.")
+        if not np.isfinite(values).all() or min(values, default=0) < 0:
+            raise InputError(f"Metric {name} is {values}, not finite numbers of at least 0.")
+    return EvaluateResult(**{name.replace("-", "_"): tuple(metrics[name]) for name in lengths})
