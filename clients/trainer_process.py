@@ -152,9 +152,8 @@ class _Server:
             threading.Thread(target=self._answer, args=[connection], daemon=True).start()
 
     def _answer(self, connection: Connection) -> None:
-        with connection:
-            with suppress(EOFError, OSError):  # whoever asked may be gone
-                connection.send(self._carry_out(*connection.recv()))
+        with connection, suppress(EOFError, OSError):  # whoever asked may be gone
+            connection.send(self._carry_out(*connection.recv()))
         with self._lock:
             self._active -= 1
             self._last_used = time.monotonic()

@@ -70,6 +70,7 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], days: int = SERV
     """
     if days < 1:
         raise InputError(f"--days is {days}; it must be at least 1.")
+    names = x509.SubjectAlternativeName([_general_name(host) for host in dict.fromkeys([*hosts, *_LOOPBACK])])
     authority_key, authority = _load_authority(folder) if _has_authority(folder) else _make_authority(folder)
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = (
@@ -77,10 +78,7 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], days: int = SERV
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in dict.fromkeys([*hosts, *_LOOPBACK])]), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False
-        )
+        .add_extension(names, critical=False)
         .sign(authority_key, hashes.SHA256())
     )
     (folder / SERVER_KEY).unlink(missing_ok=True)
@@ -141,15 +139,17 @@ def _load_authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Cert
         key = load_pem_private_key((folder / AUTHORITY_KEY).read_bytes(), password=None)
         certificate = x509.load_pem_x509_certificate((folder / AUTHORITY_CERTIFICATE).read_bytes())
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"The authority in {folder} cannot be used ({error}); restore {AUTHORITY_KEY} and .crt.") from error
+        raise InputError(
+            f"The authority in {folder} cannot be used ({error}); restore {AUTHORITY_KEY} and .crt."
+        ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-        raise InputError(f"{AUTHORITY_KEY} and {AUTHORITY_CERTIFICATE} in {folder} are no pair of ours; use another folder.")
+        raise InputError(
+            f"{AUTHORITY_KEY} and {AUTHORITY_CERTIFICATE} in {folder} are no pair of ours; use another folder."
+        )
     return key, certificate
 
 
-def _certificate(
-    name: str, key: ec.EllipticCurvePublicKey, issuer: x509.Name, days: int
-) -> x509.CertificateBuilder:
+def _certificate(name: str, key: ec.EllipticCurvePublicKey, issuer: x509.Name, days: int) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()

@@ -26,9 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "mops-fl", description="Fetch model and data, prune, train, sweep, report on runs, compare them, deploy."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (
-        fetch_command, compress_command, train_command, sweep_command, report, compare, certificates, deploy_demo_command
-    ):  # fmt: skip
+    local = (fetch_command, compress_command, train_command, sweep_command, report, compare)
+    for command in (*local, certificates, deploy_demo_command):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -32,6 +32,8 @@ class LocalDeployment:
     """A SuperLink, the SuperNodes that are started beside it, and whatever these start; all end with the `with` block.
 
     Attributes:
+        folder: keys, logs and the SuperLink's state.
+        insecure: neither TLS nor authentication.
         certificates: folder with the authority's and the SuperLink's certificates.
         environment: variables of all processes, also for `flwr` commands, whose connection is called `CONNECTION`.
     """
@@ -44,8 +46,8 @@ class LocalDeployment:
             insecure: neither TLS nor authentication.
         """
         self.certificates = folder / "certificates"
-        self._folder = folder
-        self._insecure = insecure
+        self.folder = folder
+        self.insecure = insecure
         self._fleet_port, self._control_port = free_port(), free_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
@@ -57,6 +59,7 @@ class LocalDeployment:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
             "TMPDIR": str(folder),
+            "OMP_WAIT_POLICY": "PASSIVE",  # several trainers share the cores; none should spin while it waits
         }
         connection: dict[str, object] = {"address": f"127.0.0.1:{self._control_port}"}
         if insecure:
@@ -84,8 +87,8 @@ class LocalDeployment:
             DeploymentError: it does not.
         """
         folder = certificates or self.certificates
-        if self._insecure:
-            security = ["--insecure"]
+        if self.insecure:
+            security: list[object] = ["--insecure"]
         else:
             security = [
                 "--ssl-ca-certfile", folder / AUTHORITY_CERTIFICATE,
@@ -95,7 +98,7 @@ class LocalDeployment:
             ]  # fmt: skip
         command = ["flower-superlink", *security, "--host", "127.0.0.1", "--port", self._control_port,
                    "--fleet-api-type", "grpc-rere", "--fleet-api-address", f"127.0.0.1:{self._fleet_port}",
-                   "--database", self._folder / "state.db"]  # fmt: skip
+                   "--database", self.folder / "state.db"]  # fmt: skip
         self._start("superlink", command)
         deadline = time.monotonic() + _START_SECONDS
         while not self._is_healthy(folder / AUTHORITY_CERTIFICATE):
@@ -110,28 +113,42 @@ class LocalDeployment:
         Raises:
             DeploymentError: the SuperLink refuses it.
         """
-        make_key(self._folder / "keys", name)
-        if not self._insecure:
-            self.flwr("supernode", "register", self._folder / "keys" / f"{name}.pub", CONNECTION, "--name", name)
+        make_key(self.folder / "keys", name)
+        if not self.insecure:
+            self.flwr("supernode", "register", self.folder / "keys" / f"{name}.pub", CONNECTION, "--name", name)
 
     def start_supernode(
-        self, name: str, node_config: Mapping[str, str | int], authority: Path | None = None
+        self,
+        name: str,
+        node_config: Mapping[str, str | int],
+        *,
+        options: Sequence[object] = (),
+        authority: Path | None = None,
+        superlink: str = "",
+        cores: Sequence[int] = (),
     ) -> subprocess.Popen[bytes]:
-        """Start a SuperNode that has its key from `register`.
+        """Start a SuperNode that has its key from `register`; it is not waited for.
 
         Args:
             name: its name, that of its key and of its log.
             node_config: what its ClientApp finds in its node-config.
+            options: further options of `flower-supernode`.
             authority: the certificate that it trusts, if not the deployment's.
+            superlink: address of another SuperLink.
+            cores: processor cores that it and its trainer may use; all for none.
         """
         authority = authority or self.certificates / AUTHORITY_CERTIFICATE
-        security = ["--root-certificates", authority, "--auth-supernode-private-key", self._folder / "keys" / name]
+        security = ["--root-certificates", authority, "--auth-supernode-private-key", self.folder / "keys" / name]
         values = " ".join(f'{key}="{value}"' if isinstance(value, str) else f"{key}={value}"
                           for key, value in node_config.items())  # fmt: skip
-        command = ["flower-supernode", "--grpc-rere", *(["--insecure"] if self._insecure else security),
-                   "--superlink", f"127.0.0.1:{self._fleet_port}", "--port", free_port(),
-                   "--node-config", values]  # fmt: skip
-        return self._start(name, command)
+        command = [
+            "flower-supernode", "--grpc-rere", *(["--insecure"] if self.insecure else security), *options,
+            "--superlink", superlink or f"127.0.0.1:{self._fleet_port}", "--port", free_port(), "--node-config", values,
+        ]  # fmt: skip
+        process = self._start(name, command)
+        if cores:
+            psutil.Process(process.pid).cpu_affinity(list(cores))
+        return process
 
     def flwr(self, *arguments: object) -> str:
         """Run a `flwr` command against the SuperLink; returns what it printed.
@@ -154,6 +171,7 @@ class LocalDeployment:
     def tail(self, name: str) -> str:
         """The last lines of a process's log."""
         lines = self.log_of(name).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line for line in lines if "uvicorn.access" not in line]
         return "\n".join(f"  {name}: {line}" for line in lines[-_TAIL_LINES:])
 
     def tails(self) -> str:
@@ -162,7 +180,7 @@ class LocalDeployment:
 
     def log_of(self, name: str) -> Path:
         """The file that a process's output goes to."""
-        return self._folder / f"{name}.log"
+        return self.folder / f"{name}.log"
 
     def stop(self) -> None:
         """End all processes, and those that they started, however these are related by now."""
@@ -174,7 +192,6 @@ class LocalDeployment:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._processes = {}
         deadline = time.monotonic() + _END_SECONDS
         while left := self._left():
             if time.monotonic() > deadline:
@@ -192,7 +209,7 @@ class LocalDeployment:
         return process
 
     def _is_healthy(self, authority: Path) -> bool:
-        scheme, context = ("http", None) if self._insecure else ("https", ssl.create_default_context(cafile=authority))
+        scheme, context = ("http", None) if self.insecure else ("https", ssl.create_default_context(cafile=authority))
         try:
             urllib.request.urlopen(f"{scheme}://127.0.0.1:{self._control_port}/health", timeout=2, context=context)
         except OSError:
