@@ -136,7 +136,7 @@ class _Server:
             time.sleep(0.5)
         if wanted:
             with _locked(self._folder):  # whoever connects next finds no socket, and starts another trainer
-                (self._folder / _SOCKET).unlink()
+                self._listener.close()
         else:
             shutil.rmtree(self._folder, ignore_errors=True)
 
