@@ -23,16 +23,16 @@ import torch
 from clients.config import ClientConfig
 from clients.lanes import Lanes
 from clients.local_training import ClientRows, Training, train_cohort
+from clients.row_owners import RowOwners
 from mops_fl.adapter import AdapterState
 from mops_fl.backbone import Backbone
 from mops_fl.config import Scalar
-from mops_fl.data import Row, TaskData, load_task_data
+from mops_fl.data import Row, TaskData
 from mops_fl.encoding import EncodedRow, RowEncoder
 from mops_fl.errors import InputError
 from mops_fl.evaluation import Evaluation, evaluate, evaluate_bare
 from mops_fl.methods import require_method
 from mops_fl.model import AdaptableModel, check_inject_layer
-from mops_fl.own_rows import hold_out, load_own_rows, load_server_rows
 from mops_fl.payload import (
     INPUT_PROMPTS,
     Arrays,
@@ -43,9 +43,6 @@ from mops_fl.payload import (
     TrainResult,
 )
 from mops_fl.state_cache import StateCache
-from partitioning import OWN_ROWS
-from partitioning.manifest import build_manifest
-from partitioning.registry import partition_rows
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class Trainer:
             InputError: the config is not valid.
         """
         self._config = ClientConfig.from_run_config(run_config)
-        self._own_data = own_data
+        self._owners = RowOwners(self._config, own_data)
         self._method = require_method(self._config.adapter.method)
         self._lanes = Lanes.of_this_machine()
         self._name = uuid4().hex
@@ -129,8 +126,8 @@ class Trainer:
     def describe(self, partition_id: int) -> ClientInfo:
         """What a client answers when asked who it is."""
         with self._lock:
-            rows = self._rows_of(partition_id)[0]
-            own_rows = Counter(row.task for row in rows) if self._own_data else None
+            rows = self._owners.rows_of(partition_id)[0]
+            own_rows = Counter(row.task for row in rows) if self._owners.own_data else None
             return ClientInfo(partition_id, len(rows), self._name, own_rows)
 
     def prepare(self) -> Start:
@@ -164,7 +161,7 @@ class Trainer:
             InputError: it keeps none.
         """
         with self._lock:
-            rows = self._encode(self._rows_of(partition_id)[1])
+            rows = self._encode(self._owners.rows_of(partition_id)[1])
             model = self._adaptable_model(request.frozen) if request.adapter else None
         if not rows:
             raise InputError(f"Client {partition_id} has no rows to be measured on; give it two of a task at least.")
@@ -220,22 +217,9 @@ class Trainer:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    @cached_property
+    @property
     def _data(self) -> TaskData:
-        if self._own_data:
-            return load_own_rows(self._config.data, self._own_data)
-        if self._config.partition.partitioner == OWN_ROWS:
-            return load_server_rows(self._config.data, with_test=self._config.trainer.evaluate_on == "server")
-        return load_task_data(self._config.data)
-
-    @cached_property
-    def _rows_per_client(self) -> list[list[int]]:
-        if self._config.partition.partitioner == OWN_ROWS:
-            return [[] for _ in range(self._config.partition.num_clients)]
-        try:
-            return partition_rows([row.task for row in self._data.train], config=self._config.partition)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        return self._owners.data
 
     @cached_property
     def _backbone(self) -> Backbone:
@@ -272,7 +256,7 @@ class Trainer:
                 "server": len(server),
                 "truncated": sum(row.truncated for row in [*train, *test, *server]),
             },
-            manifest=build_manifest(self._rows_per_client, [row.task for row in data.train], self._config.partition),
+            manifest=self._owners.manifest(),
             dtype=str(self._backbone.dtype).removeprefix("torch."),
             device=torch.cuda.get_device_name() if self._backbone.device.type == "cuda" else "cpu",
             hidden_size=self._backbone.hidden_size,
@@ -288,27 +272,12 @@ class Trainer:
                     seed=(self._config.partition.seed, request.server_round, partition_id),
                 )
                 for partition_id in request.cohort.members
-                if (rows := self._rows_of(partition_id)[0])
+                if (rows := self._owners.rows_of(partition_id)[0])
             }
         if not clients:
             return {}
         results = train_cohort(model, _tensors(request.adapter), list(clients.values()), self._config.train)
         return dict(zip(clients, results, strict=True))
-
-    def _rows_of(self, partition_id: int) -> tuple[Sequence[Row], Sequence[Row]]:
-        """The rows that a client trains on, and those that it keeps back to be measured on."""
-        rows = self._data.train if self._own_data else self._dealt_to(partition_id)
-        if self._config.trainer.evaluate_on == "server":
-            return rows, ()
-        return hold_out(rows, self._config.data.test_fraction, self._config.data.data_seed)
-
-    def _dealt_to(self, partition_id: int) -> list[Row]:
-        if not 0 <= partition_id < len(self._rows_per_client):
-            raise InputError(
-                f"There is no client {partition_id}: num-clients is {len(self._rows_per_client)}; "
-                "start as many SuperNodes as num-clients."
-            )
-        return [self._data.train[index] for index in self._rows_per_client[partition_id]]
 
     def _adaptable_model(self, frozen: Arrays) -> AdaptableModel:
         """The model with these input prompts; its cached states live as long as the prompts stay the same."""

@@ -103,7 +103,9 @@ def cut_data(data: Path | None, folder: Path, num_nodes: int, seed: int) -> list
     server: list[Row] = []
     for task in DOLLY_TASKS:
         server += [row for row in shuffled if row.task == task][:SERVER_ROWS_PER_TASK]
-    rest = [row for row in shuffled if row not in server][: CLIENT_ROWS * num_nodes]
+    kept = {row.row_id for row in server}
+    # From the other end, since of rare tasks the server has all the first ones.
+    rest = [row for row in shuffled if row.row_id not in kept][-CLIENT_ROWS * num_nodes :]
     config = PartitionConfig("skewed-shards", num_nodes, seed, skew=5.0, dirichlet_alpha=1.0, shards_per_client=1)
     dealt = partition_rows([row.task for row in rest], config=config)
     stem = source.path.name.partition(".")[0]

@@ -170,18 +170,29 @@ def test_supernode_that_trusts_another_authority_does_not_connect(deployment, su
     wait_until_refused(deployment, "careful", process)
 
 
+class Calls(grpc.GenericRpcHandler):
+    """Notes which methods are called and has none of them."""
+
+    def __init__(self):
+        self.methods = []
+
+    def service(self, handler_call_details):
+        self.methods.append(handler_call_details.method)
+
+
 @pytest.fixture
 def fleet_server():
-    """``fleet_server(folder)``: a gRPC server with the folder's certificate that knows no method; its address."""
+    """``fleet_server(folder)``: a gRPC server with the folder's certificate, its address and what was called there."""
     servers = []
 
     def start(folder):
-        server = grpc.server(ThreadPoolExecutor(2))
+        calls = Calls()
+        server = grpc.server(ThreadPoolExecutor(2), handlers=[calls])
         pair = (folder / "server.key").read_bytes(), (folder / "server.crt").read_bytes()
         port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
         server.start()
         servers.append(server)
-        return f"127.0.0.1:{port}"
+        return f"127.0.0.1:{port}", calls
 
     yield start
     for server in servers:
@@ -202,12 +213,18 @@ def test_superlink_with_an_expired_certificate_is_not_spoken_to(
     with monkeypatch.context() as patch:
         patch.setattr(certificates_module, "datetime", TwoYearsAgo)
         make_server_certificate(tmp_path / "expired", ["localhost"], days=30)
-    process = supernode("punctual", superlink=fleet_server(tmp_path / "expired"))
+    address, calls = fleet_server(tmp_path / "expired")
+    process = supernode("punctual", superlink=address)
     wait_until_refused(deployment, "punctual", process)
-    # The same server is spoken to when only the date is another: what it then lacks is the method.
+    assert calls.methods == []
+    # The same server is spoken to when only the date is another.
     deployment.register("prompt")
-    supernode("prompt", superlink=fleet_server(tmp_path / "valid"))
-    wait_for(deployment, "prompt", "UNIMPLEMENTED")
+    address, calls = fleet_server(tmp_path / "valid")
+    supernode("prompt", superlink=address)
+    deadline = time.monotonic() + 60
+    while not calls.methods:
+        assert time.monotonic() < deadline, deployment.tail("prompt")
+        time.sleep(0.2)
 
 
 def wait_until_refused(deployment, name, process):
