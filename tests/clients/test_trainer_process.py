@@ -76,22 +76,17 @@ def test_messages_at_once_share_one_process_and_later_ones_too(owner, settings, 
         TrainerProcess(settings).no_such_method()
 
 
-def test_trainer_that_is_killed_while_it_works_is_started_once_more(owner, settings, monkeypatch):
-    asked = []
-    ask = TrainerProcess._ask
+def test_message_over_which_the_trainer_dies_is_asked_once_more(owner, settings, monkeypatch):
+    answers = [EOFError(), (True, "the answer"), ConnectionResetError(), EOFError()]
 
-    def killing(self, method, args):
-        asked.append(method)
-        if len(asked) <= deaths:
-            raise EOFError  # what a connection to a process that dies ends with
-        return ask(self, method, args)
+    def ask(self, method, arguments):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):  # what a connection to a process that dies ends with
+            raise answer
+        return answer
 
-    monkeypatch.setattr(TrainerProcess, "_ask", killing)
-    deaths = 1
-    assert TrainerProcess(settings).describe(0).num_examples > 0
-    assert len(asked) == 2
-    asked.clear()
-    deaths = 2
+    monkeypatch.setattr(TrainerProcess, "_ask", ask)
+    assert TrainerProcess(settings).describe(0) == "the answer"
     with pytest.raises(RuntimeError, match="died twice"):
         TrainerProcess(settings).describe(0)
 

@@ -29,8 +29,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 APP = Path(experiments.__file__).parent / "dolly"
 # `flwr run` whose bundle is changed after it was built and signed off by its own list of hashes.
 EDITED_RUN = """
-import io, sys, zipfile
-from flwr.cli.run import run
+import importlib, io, sys, zipfile
+run = importlib.import_module("flwr.cli.run.run")
 build = run.build_fab_from_disk
 
 def edited(app):
