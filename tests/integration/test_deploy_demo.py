@@ -1,6 +1,7 @@
 """`mops-fl deploy-demo`, as a user starts it, with the tiny model."""
 
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,9 +31,8 @@ def demo(started, environment, run_config, scratch, tmp_path):
         values["output-dir"] = str(tmp_path / "run")
         (tmp_path / "values.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
         environment["TMPDIR"] = str(scratch)
-        script = Path(__file__).with_name("mops_fl_command.py")
         command = ["deploy-demo", "--nodes", 1, "--rounds", 1, "-c", tmp_path / "values.toml", *arguments]
-        return started(environment["PATH"].split(":")[0] + "/python", script, *command)
+        return started(Path(sys.executable).with_name("mops-fl"), *command)
 
     return start
 
