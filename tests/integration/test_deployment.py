@@ -1,6 +1,7 @@
 """A SuperLink and SuperNodes over gRPC, with TLS and authentication, and what they refuse. One SuperLink serves all."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -39,8 +40,10 @@ def edited(app):
     with zipfile.ZipFile(target, "w") as copy:
         for name in source.namelist():
             content = source.read(name)
-            copy.writestr(name, content.replace(b"lr = 0.01 ", b"lr = 9.99 ") if name == "pyproject.toml" else content)
-    assert target.getvalue() != build(app)
+            if name == "pyproject.toml":
+                assert b"\\nlr = 0.01" in content
+                content = content.replace(b"\\nlr = 0.01", b"\\nlr = 9.99")
+            copy.writestr(name, content)
     return target.getvalue()
 
 run.build_fab_from_disk = edited
@@ -94,9 +97,11 @@ def flwr_run(deployment, run_config, tmp_path):
     return submit
 
 
-def status_of_last_run(deployment):
-    runs = json.loads(deployment.flwr("ls", CONNECTION, "--format", "json"))["runs"]
-    return max(runs, key=lambda run: run.get("created-at") or run["timestamps"]["pending-at"])["status"]
+def status_of(deployment, output):
+    """What the SuperLink says of the run whose submission printed `output`."""
+    run_id = re.search(r"Successfully started run (\d+)", output).group(1)
+    (run,) = json.loads(deployment.flwr("ls", CONNECTION, "--run-id", run_id, "--format", "json"))["runs"]
+    return run["status"]
 
 
 def wait_for(deployment, name, text, seconds=60):
@@ -104,6 +109,15 @@ def wait_for(deployment, name, text, seconds=60):
     while text not in deployment.log_of(name).read_text(encoding="utf-8"):
         assert time.monotonic() < deadline, deployment.tail(name)
         time.sleep(0.2)
+
+
+def wait_until_refused(deployment, name, process):
+    """It ends, or fails to connect and tries again; it never gets an id."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and "Connection attempt failed" not in deployment.log_of(name).read_text("utf-8"):
+        assert time.monotonic() < deadline, deployment.tail(name)
+        time.sleep(0.2)
+    assert "SuperNode ID" not in deployment.log_of(name).read_text(encoding="utf-8")
 
 
 def own_rows(path, site, tasks):
@@ -227,20 +241,11 @@ def test_superlink_with_an_expired_certificate_is_not_spoken_to(
         time.sleep(0.2)
 
 
-def wait_until_refused(deployment, name, process):
-    """It ends, or fails to connect and tries again; it never gets an id."""
-    deadline = time.monotonic() + 60
-    while process.poll() is None and "Connection attempt failed" not in deployment.log_of(name).read_text("utf-8"):
-        assert time.monotonic() < deadline, deployment.tail(name)
-        time.sleep(0.2)
-    assert "SuperNode ID" not in deployment.log_of(name).read_text(encoding="utf-8")
-
-
 def test_edited_bundle_does_not_start(deployment, flwr_run, tmp_path):
     output = flwr_run(sys.executable, "-c", EDITED_RUN)
     assert "hashes couldn't be verified" in output, output
     assert not (tmp_path / "run").exists()
-    assert status_of_last_run(deployment).endswith("failed")
+    assert status_of(deployment, output) == "finished:failed"
 
 
 def test_supernode_that_asks_for_a_signature_refuses_a_bundle_without(deployment, supernode, flwr_run, tmp_path):
