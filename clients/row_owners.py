@@ -7,7 +7,7 @@ from typing import Any
 from clients.config import ClientConfig
 from mops_fl.data import Row, TaskData, load_task_data
 from mops_fl.errors import InputError
-from mops_fl.own_rows import hold_out, load_own_rows, load_server_rows
+from mops_fl.own_rows import keep_back, load_own_rows, load_server_rows
 from partitioning import OWN_ROWS
 from partitioning.manifest import build_manifest
 from partitioning.registry import partition_rows
@@ -45,7 +45,7 @@ class RowOwners:
         rows = self.data.train if self.own_data else self._dealt_to(partition_id)
         if self._config.trainer.evaluate_on == "server":
             return rows, ()
-        return hold_out(rows, self._config.data.test_fraction, self._config.data.data_seed)
+        return keep_back(rows, self._config.data.test_fraction, self._config.data.data_seed)
 
     def manifest(self) -> dict[str, Any]:
         """See `partitioning.manifest`."""

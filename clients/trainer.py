@@ -26,11 +26,12 @@ from clients.local_training import ClientRows, Training, train_cohort
 from clients.row_owners import RowOwners
 from mops_fl.adapter import AdapterState
 from mops_fl.backbone import Backbone
+from mops_fl.compressed import resolve_model, weights_sha256
 from mops_fl.config import Scalar
 from mops_fl.data import Row, TaskData
 from mops_fl.encoding import EncodedRow, RowEncoder
 from mops_fl.errors import InputError
-from mops_fl.evaluation import Evaluation, evaluate, evaluate_bare
+from mops_fl.evaluation import Evaluation, by_length, evaluate, evaluate_bare
 from mops_fl.methods import require_method
 from mops_fl.model import AdaptableModel, check_inject_layer
 from mops_fl.payload import (
@@ -51,7 +52,8 @@ class Start:
 
     Attributes:
         adapter: the initial adapter, name -> float32.
-        frozen: the input prompts P1 under their wire name.
+        frozen: what else is sent, under its wire names: the input prompts P1, and what rows are routed by where no
+            gate does it.
         gate_accuracy: see `mops_fl.pretraining.Pretrained`.
     """
 
@@ -65,7 +67,8 @@ class Setting:
     """Facts about data and model that only the trainer knows.
 
     Attributes:
-        tasks: task names.
+        tasks: task names, those held out last.
+        trained_tasks: the first of them, those not held out.
         data_description: where the rows come from.
         data_is_sample: whether they are the bundled sample.
         rows: number of rows per part: train, test, server, truncated (of the first three).
@@ -74,9 +77,11 @@ class Setting:
         device: where it runs.
         hidden_size: the backbone's.
         num_layers: the backbone's.
+        backbone_sha256: of the backbone's weights, see `mops_fl.compressed.weights_sha256`.
     """
 
     tasks: tuple[str, ...]
+    trained_tasks: tuple[str, ...]
     data_description: str
     data_is_sample: bool
     rows: Mapping[str, int]
@@ -85,6 +90,7 @@ class Setting:
     device: str
     hidden_size: int
     num_layers: int
+    backbone_sha256: str
 
 
 class Trainer:
@@ -140,7 +146,8 @@ class Trainer:
             backbone, rows, self._config.adapter, self._config.pretrain, generator, self._lanes.map
         )
         adapter = {name: tensor.numpy() for name, tensor in start.adapter.items()}
-        return Start(adapter, {INPUT_PROMPTS: start.input_prompts.numpy()}, start.gate_accuracy)
+        frozen = {INPUT_PROMPTS: start.input_prompts, **(start.neighbours.to_frozen() if start.neighbours else {})}
+        return Start(adapter, {name: tensor.numpy() for name, tensor in frozen.items()}, start.gate_accuracy)
 
     def evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
         """Measure an adapter on the test rows."""
@@ -178,8 +185,7 @@ class Trainer:
         Raises:
             InputError: the client has no rows.
         """
-        inputs = {**request.adapter, INPUT_PROMPTS: request.input_prompts}
-        key = (request.server_round, request.cohort, _digest(inputs))
+        key = (request.server_round, request.cohort, _digest({**request.adapter, **request.frozen}))
         with self._lock:
             if key not in self._cohorts:
                 current = {k: f for k, f in self._cohorts.items() if k[0] == request.server_round}
@@ -233,9 +239,7 @@ class Trainer:
 
     @cached_property
     def _test_rows(self) -> list[EncodedRow]:
-        # By length: rows of a packed batch then fill it alike, whatever its tasks.
-        rows = self._encode(self._data.evaluation_rows(self._config.trainer.eval_rows))
-        return sorted(rows, key=lambda row: (len(row.token_ids), row.row_id))
+        return by_length(self._encode(self._data.evaluation_rows(self._config.trainer.eval_rows)))
 
     def _encode(self, rows: Sequence[Row]) -> list[EncodedRow]:
         for row in rows:
@@ -248,6 +252,7 @@ class Trainer:
         train, test, server = (self._encode(part) for part in (data.train, data.test, data.server))
         return Setting(
             tasks=data.tasks,
+            trained_tasks=data.trained_tasks,
             data_description=data.description,
             data_is_sample=data.is_sample,
             rows={
@@ -261,11 +266,12 @@ class Trainer:
             device=torch.cuda.get_device_name() if self._backbone.device.type == "cuda" else "cpu",
             hidden_size=self._backbone.hidden_size,
             num_layers=self._backbone.num_layers,
+            backbone_sha256=weights_sha256(resolve_model(self._config.backbone)),
         )
 
     def _train_cohort(self, request: TrainRequest) -> dict[int, TrainResult]:
         with self._lock:
-            model = self._adaptable_model({INPUT_PROMPTS: request.input_prompts})
+            model = self._adaptable_model(request.frozen)
             clients = {
                 partition_id: ClientRows(
                     self._encode(rows),
@@ -280,13 +286,13 @@ class Trainer:
         return dict(zip(clients, results, strict=True))
 
     def _adaptable_model(self, frozen: Arrays) -> AdaptableModel:
-        """The model with these input prompts; its cached states live as long as the prompts stay the same."""
+        """The model with what the server froze; its cached states live as long as that stays the same."""
         digest = _digest(frozen)
         if self._model is None or self._model[0] != digest:
             config = self._config.trainer
             cache = StateCache(config.cache_megabytes << 20, config.cache_file_megabytes << 20)
-            prompts = _tensors(frozen)[INPUT_PROMPTS]
-            self._model = (digest, self._method.model(self._backbone, self._config.adapter, prompts, cache))
+            model = self._method.model(self._backbone, self._config.adapter, _tensors(frozen), cache)
+            self._model = (digest, model)
         return self._model[1]
 
 

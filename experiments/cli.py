@@ -9,11 +9,15 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before anything imports 
 
 from experiments import (
     certificates,
+    chat_command,
     compare,
     compress_command,
     deploy_demo_command,
+    evaluate_command,
     fetch_command,
-    report,
+    generate_command,
+    grow_command,
+    report_command,
     sweep_command,
     train_command,
 )
@@ -23,11 +27,14 @@ from mops_fl.errors import InputError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input ends it with one sentence and exit code 2."""
     parser = argparse.ArgumentParser(
-        "mops-fl", description="Fetch model and data, prune, train, sweep, report on runs, compare them, deploy."
+        "mops-fl",
+        description="Fetch model and data, prune, train, sweep; report on runs, compare and use them; deploy.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    local = (fetch_command, compress_command, train_command, sweep_command, report, compare)
-    for command in (*local, certificates, deploy_demo_command):
+    making = (fetch_command, compress_command, train_command, sweep_command)
+    using = (report_command, compare, generate_command, chat_command, evaluate_command, grow_command)
+    deploying = (certificates, deploy_demo_command)
+    for command in making + using + deploying:
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:

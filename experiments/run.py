@@ -3,7 +3,6 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from clients.trainer import Setting, Trainer
 from experiments.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from experiments.config import ExperimentConfig
 from experiments.display import Display
+from experiments.model_card import model_card
 from experiments.report import print_perplexity_table, write_report
 from experiments.run_folder import PARTITION, RunFolder
-from mops_fl.adapter_folder import save_adapter
+from mops_fl.adapter_folder import RUN_ADAPTER, AdapterDescription, SavedAdapter, save_adapter
 from mops_fl.config import Scalar
 from mops_fl.evaluation import Evaluation
 from mops_fl.methods import METHODS
@@ -141,13 +141,24 @@ class Run(ABC):
         return checkpoint
 
     def _finish(self, checkpoint: Checkpoint) -> None:
-        client = self._config.client
-        description = asdict(client.adapter) | asdict(client.backbone) | {"tasks": list(self._setting.tasks)}
-        save_adapter(self._folder.path / "adapter", {**checkpoint.adapter, **checkpoint.frozen}, description)
         self._write_summary("complete", checkpoint)
+        arrays = {**checkpoint.adapter, **checkpoint.frozen}
+        saved = SavedAdapter(self._description(), arrays, model_card(self._folder, self._description()))
+        save_adapter(self._folder.path / RUN_ADAPTER, saved)
         report = write_report(self._folder)
         print_perplexity_table(self._folder.results(), self._console)
         self._display.say(f"report: {report}")
+
+    def _description(self) -> AdapterDescription:
+        client = self._config.client
+        return AdapterDescription(
+            adapter=client.adapter,
+            backbone=client.backbone,
+            backbone_sha256=self._setting.backbone_sha256,
+            data=client.data,
+            tasks=self._setting.tasks,
+            experts=self._experts(),
+        )
 
     def _log_evaluation(self, evaluation: Evaluation, metric: str) -> None:
         for task, value in evaluation.perplexity().items():
@@ -181,6 +192,7 @@ class Run(ABC):
                 "dataset": client.data.dataset,
                 "data_description": self._setting.data_description,
                 "data_is_sample": self._setting.data_is_sample,
+                "held_out_tasks": list(self._setting.tasks[len(self._setting.trained_tasks) :]),
                 "truncated_rows": self._setting.rows["truncated"],
                 "seed": client.partition.seed,
                 "rounds": progress.rounds_done,
@@ -188,7 +200,7 @@ class Run(ABC):
                 "num_clients": client.partition.num_clients,
                 "clients_per_round": self._config.federation.clients_per_round,
                 "trainable_parameters": sum(array.size for array in checkpoint.adapter.values()),
-                **self._experts(),
+                **({"experts": experts} if (experts := self._experts()) else {}),
                 "perplexity": progress.perplexity,
                 "perplexity_before": progress.perplexity_before,
                 "perplexity_bare": progress.perplexity_bare,
@@ -204,13 +216,14 @@ class Run(ABC):
             }
         )
 
-    def _experts(self) -> dict[str, list[list[str]]]:
+    def _experts(self) -> tuple[tuple[str, ...], ...]:
         """The tasks each expert was pretrained for; empty where no gate was."""
         adapter = self._config.client.adapter
-        if not METHODS[adapter.method].gated or not self._config.client.pretrain.gate_epochs:
-            return {}
-        tasks, num_experts = self._setting.tasks, adapter.num_experts
-        return {"experts": [list(tasks[expert::num_experts]) for expert in range(num_experts)]}
+        learnt = adapter.routing == "nearest" or self._config.client.pretrain.gate_epochs
+        if not METHODS[adapter.method].gated or not learnt:
+            return ()
+        tasks, num_experts = self._setting.trained_tasks, adapter.num_experts
+        return tuple(tasks[expert::num_experts] for expert in range(num_experts))
 
 
 def default_output_dir(run_config: Mapping[str, Scalar]) -> str:

@@ -4,16 +4,23 @@ Rows of different lengths stand one behind the other in a single sequence `(1, H
 padding; each row attends, causally, to itself only, or, a single row, to a prefix and itself. The gate of MoPs
 multiplies the attention weights onto prompt `j` by its score `g_j` after the softmax (paper, Section 3.2). Since
 `sum_j a_ij g_j v_j`, scaling the value vectors is the same thing, and any attention kernel can be used below.
+
+Generation runs a padded batch behind a cache instead; `visibility` then says who sees whom.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PACKED_ATTENTION = "mops_packed"
+
+# Sliding window or None -> mask `(B, 1, q, S)`, True where a query sees a key; None where each sees all.
+Visibility = Callable[[int | None], Tensor | None]
 
 
 def packed_attention(
@@ -23,8 +30,9 @@ def packed_attention(
     value: Tensor,
     attention_mask: None,
     *,
-    lengths: list[int],
     scaling: float,
+    lengths: list[int] | None = None,
+    visible: Visibility | None = None,
     value_scale: Tensor | None = None,
     sliding_window: int | None = None,
     **_: object,
@@ -32,24 +40,51 @@ def packed_attention(
     """Attend within each packed row; the signature is that of transformers' attention functions.
 
     Args:
-        module: the attention module of the decoder layer (not used).
+        module: the attention module of the decoder layer.
         query: `(1, H, T, d)`.
         key: `(1, G, T, d)` with `H` a multiple of `G` (grouped queries); for a single row behind a prefix of `S`
             positions `(1, G, S + T, d)`.
         value: as `key`.
         attention_mask: always None, the rows are causal.
-        lengths: length of each row; they sum to `T`.
         scaling: factor on the scores before the softmax.
+        lengths: length of each row; they sum to `T`.
+        visible: given instead of `lengths`: the rows are a padded batch, query `(B, H, q, d)`, key `(B, G, S, d)`.
         value_scale: `(T,)` factor on the value vectors: the gate's score at prompts, one elsewhere.
         sliding_window: number of last positions a query sees, None for all.
 
     Returns:
         `(1, T, H, d)` and None for the weights, which are never formed as such.
     """
+    if lengths is None:
+        assert visible is not None
+        return sdpa_attention_forward(module, query, key, value, visible(sliding_window), scaling=scaling)
     if value_scale is not None:
         value = value * value_scale.to(value.dtype)[:, None]
     attend = _fused_attention if query.is_cuda else _matmul_attention
     return attend(query, key, value, lengths, scaling, sliding_window).transpose(1, 2), None
+
+
+def visibility(kept: Tensor, positions: Tensor, num_queries: int) -> Visibility:
+    """Who sees whom in a padded batch: each query the kept keys at its own position and before.
+
+    Going by positions, not by places, lets padding stand anywhere; a padding query sees something too, so that no
+    softmax is over nothing.
+
+    Args:
+        kept: `(B, S)` bool, False at padding.
+        positions: `(B, S)` position of each place in its row.
+        num_queries: the queries `q` are the last places.
+    """
+
+    @functools.cache
+    def visible(window: int | None) -> Tensor | None:
+        distance = positions[:, -num_queries:, None] - positions[:, None]  # (B, q, S)
+        seen = kept[:, None] & (distance >= 0)
+        if window is not None:
+            seen &= distance < window
+        return None if num_queries == 1 and bool(seen.all()) else seen[:, None]
+
+    return visible
 
 
 def _matmul_attention(

@@ -1,6 +1,7 @@
 """The frozen language model, seen as embedding -> decoder layers -> norm -> head.
 
-Letters: `T` positions of all packed rows together, `D` hidden size, `V` vocabulary.
+Letters: `T` positions of all packed rows together, `D` hidden size, `V` vocabulary; of a padded batch `B` rows, `q` new
+positions and `S` with those in the cache.
 """
 
 import logging
@@ -9,12 +10,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from mops_fl.attention import PACKED_ATTENTION
+from mops_fl.attention import PACKED_ATTENTION, visibility
 from mops_fl.compressed import resolve_model
-from mops_fl.config import BackboneConfig
+from mops_fl.config import OWN_EMBEDDING, BackboneConfig
+from mops_fl.embedder import TextEmbedder
 from mops_fl.errors import InputError
 from mops_fl.head_loss import head_nll
 
@@ -42,6 +44,11 @@ class SharedPrefix:
         prefix_key, prefix_value = self._layers[layer_idx]
         return torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)
 
+    def put_into(self, cache: Cache, num_rows: int) -> None:
+        """Begin the cache of `num_rows` rows with these positions, in the layers that ran on them."""
+        for layer_idx, (key, value) in self._layers.items():
+            cache.update(key.expand(num_rows, -1, -1, -1), value.expand(num_rows, -1, -1, -1), layer_idx)
+
 
 class Backbone:
     """A frozen decoder-only model whose layers are run by an explicit loop.
@@ -55,9 +62,17 @@ class Backbone:
         hidden_size: `D`.
         dtype: the dtype of hidden states.
         device: where it lives.
+        source: what it was loaded as; None for a model that was made in memory.
+        embedder: another network that embeds questions for the gate; None: the gate looks at hidden states.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        source: BackboneConfig | None = None,
+        embedder: TextEmbedder | None = None,
+    ) -> None:
         """Freeze `model` and route its attention through `packed_attention`.
 
         Raises:
@@ -71,6 +86,8 @@ class Backbone:
             )
         self.model: Any = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
+        self.source = source
+        self.embedder = embedder
         self._decoder = decoder
         self.num_layers: int = len(decoder.layers)
         self.hidden_size: int = decoder.embed_tokens.weight.shape[1]
@@ -79,31 +96,38 @@ class Backbone:
         self._take_over_attention()
 
     @classmethod
-    def load(cls, config: BackboneConfig) -> "Backbone":
-        """Load the model as the config has it pruned and quantised, onto the GPU if there is one, else the CPU.
+    def load(cls, config: BackboneConfig, device: str = "auto") -> "Backbone":
+        """Load the model as the config has it pruned and quantised.
+
+        Args:
+            config: which model.
+            device: as torch names it; `auto` is the GPU if there is one, else the CPU.
 
         Raises:
-            InputError: the model is not on this machine, or cannot be read.
+            InputError: the model is not on this machine, or cannot be read, or there is no such device.
         """
         folder = resolve_model(config)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = resolve_dtype(config.dtype, device)
+        where = resolve_device(device)
+        embedder = None
+        if config.gate_embedding != OWN_EMBEDDING:
+            embedder = TextEmbedder.load(config.gate_embedding, where)
+        dtype = resolve_dtype(config.dtype, where)
         on_load = None
         if config.quantization != "none":
             # Here, since bitsandbytes takes seconds to import.
             from mops_fl.quantization import gpu_quantization, quantize_linears
 
-            on_load = gpu_quantization(config.quantization, dtype) if device.type == "cuda" else None
+            on_load = gpu_quantization(config.quantization, dtype) if where.type == "cuda" else None
         disable_progress_bar()  # loading takes a second; the run has a progress bar of its own
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, device_map=device, quantization_config=on_load, local_files_only=True
+                folder, dtype=dtype, device_map=where, quantization_config=on_load, local_files_only=True
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"The model in {folder} cannot be loaded ({error}); fetch or copy it again.") from error
-        backbone = cls(model, tokenizer)
-        if config.quantization != "none" and device.type == "cpu":
+        backbone = cls(model, tokenizer, config, embedder)
+        if config.quantization != "none" and where.type == "cpu":
             quantize_linears(backbone._decoder.layers, config.quantization)
         return backbone
 
@@ -112,6 +136,11 @@ class Backbone:
         """The `L` decoder layers."""
         layers: nn.ModuleList = self._decoder.layers
         return layers
+
+    @property
+    def gate_input_size(self) -> int:
+        """Numbers that the gate looks at: `D`, or those of the embedder."""
+        return self.embedder.size if self.embedder else self.hidden_size
 
     @property
     def embedding_weight(self) -> Tensor:
@@ -169,6 +198,52 @@ class Backbone:
             prefix.length = lengths[0]
         return hidden[0]
 
+    def run_cached(
+        self,
+        hidden: Tensor,
+        kept: Tensor,
+        cache: Any,  # noqa: ANN401
+        start: int,
+        stop: int,
+        *,
+        hidden_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Run layers `start .. stop - 1` on the new positions of a padded batch, behind those in the cache.
+
+        Args:
+            hidden: `(B, q, D)` input of layer `start`.
+            kept: `(B, S)` bool, False at padding, of the cached positions and the new ones.
+            cache: a `transformers.Cache`, or what has its `update`; gets the new positions' keys and values.
+            start: first layer.
+            stop: one behind the last layer.
+            hidden_scale: `(B, q, 1)` factor on the hidden states before every layer (gating `embedding`).
+
+        Returns:
+            `(B, q, D)` output of layer `stop - 1`; of no meaning at padding.
+        """
+        positions = (kept.cumsum(1) - 1).clamp(min=0)
+        num_queries = hidden.shape[1]
+        position_ids = positions[:, -num_queries:]
+        position_embeddings = self._decoder.rotary_emb(hidden, position_ids)
+        visible = visibility(kept, positions, num_queries)
+        for layer in self._decoder.layers[start:stop]:
+            if hidden_scale is not None:
+                hidden = hidden * hidden_scale
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                past_key_values=cache,
+                visible=visible,
+            )
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `(..., V)` after the last layer's output `(..., D)`."""
+        logits: Tensor = self.model.lm_head(self._decoder.norm(hidden))
+        return logits
+
     @torch.no_grad()
     def _take_over_attention(self) -> None:
         """Switch to packed attention, and check that the explicit loop still computes what the model does.
@@ -185,7 +260,7 @@ class Backbone:
             tolerance = 5e-1
         try:
             hidden = self.run_layers(self.embed(token_ids), [len(token_ids)], 0, self.num_layers)
-            found = self.model.lm_head(self._decoder.norm(hidden)).float()
+            found = self.logits(hidden).float()
             agrees = bool((found - expected).abs().mean() <= tolerance * expected.std())
         except (TypeError, AttributeError, RuntimeError):
             agrees = False
@@ -207,6 +282,20 @@ class Backbone:
         """
         head = self.model.lm_head
         return head_nll(self._decoder.norm(hidden), head.weight, head.bias, targets)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` becomes the GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: torch knows no such device, or this machine has none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device {name!r} cannot be used ({error}); choose auto, cpu or cuda.") from error
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

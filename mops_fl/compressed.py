@@ -7,10 +7,14 @@ not the calibration; if there are several, it names one by its key, as in `spars
 copied to another machine: into the same place, or anywhere, named in `backbone`.
 """
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from mops_fl.config import BackboneConfig
 from mops_fl.errors import InputError
@@ -57,6 +61,25 @@ def fingerprint(folder: Path) -> str:
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 over the name, dtype, shape and bytes of every weight, however many files they are spread over.
+
+    Raises:
+        InputError: the weights are not in safetensors.
+    """
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, "pt")) for path in folder.glob("*.safetensors")]
+        holders = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        if not holders:
+            raise InputError(f"{folder} has no weights in safetensors; save the model in that format.")
+        for name in sorted(holders):
+            weight = holders[name].get_tensor(name)
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
+            digest.update(weight.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -61,10 +61,11 @@ class TaskData:
     """The rows of an experiment; no row is in two of the three parts.
 
     Attributes:
-        tasks: task names; a row's label is its task's index here.
+        tasks: task names, those held out last; a row's label is its task's index here.
         train: rows dealt to the clients.
-        test: rows that measure.
+        test: rows that measure, those of held-out tasks too.
         server: rows the server holds for pretraining and calibration.
+        held_out: rows of held-out tasks that nobody has; empty if no task is held out.
         description: one line on where they come from, which tasks were chosen, and what they are short of.
         is_sample: they are the bundled sample, not a real data set.
     """
@@ -73,16 +74,30 @@ class TaskData:
     train: tuple[Row, ...]
     test: tuple[Row, ...]
     server: tuple[Row, ...]
+    held_out: tuple[Row, ...]
     description: str
     is_sample: bool
 
+    @property
+    def trained_tasks(self) -> tuple[str, ...]:
+        """The tasks that are not held out."""
+        return self.tasks[: len(self.tasks) - len({row.task for row in self.held_out})]
+
     def evaluation_rows(self, count: int) -> tuple[Row, ...]:
         """The first `count` test rows, spread evenly over the tasks; all of them for 0."""
-        if count == 0 or count >= len(self.test):
-            return self.test
-        by_task = {task: [row for row in self.test if row.task == task] for task in self.tasks}
-        ranked = sorted((rank, row.row_id, row) for rows in by_task.values() for rank, row in enumerate(rows))
-        return tuple(row for _, _, row in ranked[:count])
+        return spread_rows(self.test, count)
+
+
+def spread_rows(rows: Sequence[Row], count: int) -> tuple[Row, ...]:
+    """The first `count` rows, spread evenly over their tasks; all of them for 0."""
+    if count == 0 or count >= len(rows):
+        return tuple(rows)
+    seen: Counter[str] = Counter()
+    ranked = []
+    for row in rows:
+        ranked.append((seen[row.task], row.row_id, row))
+        seen[row.task] += 1
+    return tuple(row for _, _, row in sorted(ranked)[:count])
 
 
 def load_task_data(config: DataConfig) -> TaskData:
@@ -95,7 +110,7 @@ def load_task_data(config: DataConfig) -> TaskData:
     source, tasks, rows = load_rows(config)
     train, test, server = draw_parts(rows, tasks, config)
     description = f"{source.description}{_shortfall(train + test, server, tasks, config)}"
-    return TaskData(tasks, train, test, server, description, source.is_sample)
+    return without_held_out(TaskData(tasks, train, test, server, (), description, source.is_sample), config)
 
 
 def load_rows(config: DataConfig, data_path: str | None = None) -> tuple[DataSource, tuple[str, ...], list[Row]]:
@@ -111,6 +126,35 @@ def load_rows(config: DataConfig, data_path: str | None = None) -> tuple[DataSou
     return replace(source, description=f"{source.description}{chosen}"), tasks, rows
 
 
+def without_held_out(data: TaskData, config: DataConfig) -> TaskData:
+    """The same data with the configured `held_out_tasks` only tested.
+
+    Raises:
+        InputError: no task would be left to train on, or there is none of such a name.
+    """
+    unseen = choose_tasks(config.held_out_tasks, data.tasks, "those chosen", key="held-out-tasks")
+    return hold_out(data, unseen) if unseen else data
+
+
+def hold_out(data: TaskData, unseen: tuple[str, ...]) -> TaskData:
+    """The same data with some tasks only tested; every row stays in the part that it was drawn for, or leaves it.
+
+    Raises:
+        InputError: no task would be left to train on.
+    """
+    seen = tuple(task for task in data.tasks if task not in unseen)
+    if not seen:
+        raise InputError("`held-out-tasks` names every task; leave at least one to train on.")
+    return replace(
+        data,
+        tasks=seen + unseen,
+        train=tuple(row for row in data.train if row.task in seen),
+        server=tuple(row for row in data.server if row.task in seen),
+        held_out=tuple(row for row in data.train + data.server if row.task in unseen),
+        description=f"{data.description}, held out from training: {list_tasks(unseen)}",
+    )
+
+
 def rows_of_tasks(files: Iterable[TaskFile]) -> Iterator[Row]:
     """A row for each instance: definition, input and first output; exact duplicates within a task are dropped."""
     row_id = 0
@@ -124,8 +168,12 @@ def rows_of_tasks(files: Iterable[TaskFile]) -> Iterator[Row]:
             row_id += 1
 
 
-def read_dolly(path: Path) -> Iterator[Row]:
+def read_dolly(path: Path, *, any_task: bool = False) -> Iterator[Row]:
     """Read the seven tasks of a `.jsonl` or `.jsonl.gz` in Dolly's columns; exact duplicates are dropped.
+
+    Args:
+        path: the file.
+        any_task: whether `category` may be anything, and all rows are wanted.
 
     Raises:
         InputError: names the file and the line that is wrong.
@@ -134,7 +182,7 @@ def read_dolly(path: Path) -> Iterator[Row]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                row = _parse_dolly_line(line, number, path)
+                row = _parse_dolly_line(line, number, path, any_task)
                 if row is not None and (row.instruction, row.context, row.response) not in seen:
                     seen.add((row.instruction, row.context, row.response))
                     yield row
@@ -205,7 +253,7 @@ def _shortfall(used: Sequence[Row], server: Sequence[Row], tasks: Sequence[str],
     return text
 
 
-def _parse_dolly_line(line: str, number: int, path: Path) -> Row | None:
+def _parse_dolly_line(line: str, number: int, path: Path, any_task: bool) -> Row | None:
     where = f"Line {number} of {path}"
     try:
         fields: dict[str, Any] = json.loads(line)
@@ -217,9 +265,9 @@ def _parse_dolly_line(line: str, number: int, path: Path) -> Row | None:
             f"{where} is not a JSON object with the texts instruction, context, response and category; "
             "correct or remove it."
         ) from error
-    if task in DOLLY_UNUSED:
+    if task in DOLLY_UNUSED and not any_task:
         return None
-    if task not in DOLLY_TASKS:
+    if task not in DOLLY_TASKS and not (any_task and task):
         raise InputError(f"{where} has the unknown task {task!r}; known are: {', '.join(DOLLY_TASKS + DOLLY_UNUSED)}.")
     if not instruction or not response:
         raise InputError(f"{where} has no {'response' if instruction else 'instruction'}; correct or remove it.")

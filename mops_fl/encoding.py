@@ -1,5 +1,6 @@
 """From a row to tokens: one template, truncation that keeps what matters, and where the loss starts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,22 @@ from mops_fl.errors import InputError
 INSTRUCTION = "### Instruction:\n"
 CONTEXT = "\n\n### Input:\n"
 RESPONSE = "\n\n### Response:\n"
+TEMPLATE = (INSTRUCTION, CONTEXT, RESPONSE)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question of a conversation.
+
+    Attributes:
+        instruction: what is asked.
+        context: the passage it is asked about, empty if there is none.
+        response: the answer; empty for the question that is yet to be answered.
+    """
+
+    instruction: str
+    context: str
+    response: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class RowEncoder:
         self._tokenizer = tokenizer
         self._config = config
         self._tasks = tasks
-        self._opening = tokenizer("").input_ids  # a begin-of-text token for tokenizers that have one
+        self._opening = opening_tokens(tokenizer)
         template = len(self._opening) + len(self._tokens(INSTRUCTION)) + len(self._tokens(RESPONSE))
         if config.max_length < template + 2:
             raise InputError(
@@ -84,5 +101,29 @@ class RowEncoder:
         )
 
     def _tokens(self, text: str) -> list[int]:
-        token_ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
-        return token_ids
+        return text_tokens(self._tokenizer, text)
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> list[int]:
+    """A conversation up to where the answer to its last turn begins; nothing is cut off.
+
+    A single turn is what `RowEncoder` makes of a row before its response.
+    """
+    token_ids = opening_tokens(tokenizer)
+    for turn in turns:
+        context = CONTEXT + turn.context if turn.context else ""
+        for text in (INSTRUCTION, turn.instruction, context, RESPONSE, turn.response):
+            token_ids += text_tokens(tokenizer, text)
+        if turn.response:
+            token_ids.append(tokenizer.eos_token_id)
+    return token_ids
+
+
+def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A begin-of-text token for tokenizers that have one."""
+    return list(tokenizer("").input_ids)
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a piece of text, nothing put before or behind it."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids)

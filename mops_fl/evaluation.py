@@ -99,6 +99,11 @@ def evaluate_bare(
     return _evaluate(lambda batch: plain_losses(backbone, no_prompts, batch), rows, tasks, spread)
 
 
+def by_length(rows: Iterable[EncodedRow]) -> list[EncodedRow]:
+    """Short rows first: those of a packed batch then fill it alike, whatever their tasks."""
+    return sorted(rows, key=lambda row: (len(row.token_ids), row.row_id))
+
+
 def packed_batches(rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
     """Rows in order, in batches of at most `BATCH_TOKENS` tokens (a single longer row goes alone)."""
     batch: list[EncodedRow] = []

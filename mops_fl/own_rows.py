@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mops_fl.config import DataConfig
-from mops_fl.data import Row, TaskData, apportion, load_rows, rows_of_tasks
+from mops_fl.data import Row, TaskData, apportion, hold_out, load_rows, rows_of_tasks, without_held_out
 from mops_fl.errors import InputError
 from mops_fl.sources import resolve_data
 from mops_fl.task_choice import list_tasks, present_tasks
@@ -36,7 +36,8 @@ def load_server_rows(config: DataConfig, *, with_test: bool) -> TaskData:
         shuffled = [members[i] for i in rng.permutation(len(members))]
         test += shuffled[:of_test]
         server += shuffled[of_test : of_test + of_server]
-    return TaskData(tasks, (), tuple(test), tuple(server), source.description, source.is_sample)
+    data = TaskData(tasks, (), tuple(test), tuple(server), (), source.description, source.is_sample)
+    return without_held_out(data, config)
 
 
 def load_own_rows(config: DataConfig, path: str) -> TaskData:
@@ -55,21 +56,23 @@ def load_own_rows(config: DataConfig, path: str) -> TaskData:
     if not rows:
         wanted = list_tasks(tasks) or config.tasks
         raise InputError(f"{source.path} has no row of the tasks {wanted}; give rows of at least one.")
-    return TaskData(tasks, tuple(rows), (), (), source.description, is_sample=False)
+    data = TaskData(tasks, tuple(rows), (), (), (), source.description, is_sample=False)
+    unseen = present_tasks(config.held_out_tasks, tasks)
+    return hold_out(data, unseen) if unseen else data
 
 
-def hold_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def keep_back(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Part a client's rows, task by task, into those it trains on and those it is measured on.
 
     Of a task with at least two rows, at least one is kept for each.
     """
     rng = np.random.default_rng(seed)
     train: list[Row] = []
-    held_out: list[Row] = []
+    kept_back: list[Row] = []
     for task in sorted({row.task for row in rows}):
         members = [row for row in rows if row.task == task]
-        num_held_out = min(max(1, round(fraction * len(members))), len(members) - 1)
+        num_kept_back = min(max(1, round(fraction * len(members))), len(members) - 1)
         shuffled = [members[i] for i in rng.permutation(len(members))]
-        held_out += shuffled[:num_held_out]
-        train += shuffled[num_held_out:]
-    return train, held_out
+        kept_back += shuffled[:num_kept_back]
+        train += shuffled[num_kept_back:]
+    return train, kept_back

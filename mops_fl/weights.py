@@ -10,13 +10,16 @@ Letters: `J` adapters, `T` packed positions, `r` rank. Rows stand owner by owner
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from mops_fl.adapter import Adapter, AdapterState
 from mops_fl.backbone import Backbone
@@ -27,7 +30,7 @@ from mops_fl.model import RowLosses, plain_losses
 Change = Callable[[nn.Module, Tensor], Tensor]
 
 # What the adapted matrices of the forward pass that this thread is in do; empty outside of one.
-_CHANGES: ContextVar[dict[str, Change] | None] = ContextVar("changes", default=None)
+_CHANGES: ContextVar[Mapping[str, Change]] = ContextVar("changes", default=MappingProxyType({}))
 
 
 class AdaptedLinear(nn.Module):
@@ -40,8 +43,8 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(1, T, in)` to `(1, T, out)`."""
-        changes = _CHANGES.get()
-        output: Tensor = self.base(x) if changes is None else changes[self.name](self.base, x)
+        change = _CHANGES.get().get(self.name)
+        output: Tensor = self.base(x) if change is None else change(self.base, x)
         return output
 
 
@@ -64,7 +67,10 @@ class AdaptedModel:
 
     Attributes:
         backbone: the frozen model.
+        num_prompts: none.
     """
+
+    num_prompts = 0
 
     def __init__(self, backbone: Backbone, config: AdapterConfig) -> None:
         """Put an `AdaptedLinear` around each matrix that the method changes, unless one is there."""
@@ -83,13 +89,28 @@ class AdaptedModel:
         """Loss of each row under the adapter that owns it; see `mops_fl.model.PromptedModel.losses`."""
         lengths = torch.tensor([len(row.token_ids) for row in rows])
         per_adapter = lengths.view(adapter.num_adapters, -1).sum(1).tolist()
+        with self._changed_by(adapter, per_adapter):
+            return plain_losses(self.backbone, torch.zeros(0, self.backbone.hidden_size), rows)
+
+    def run_cached(self, adapter: WeightAdapter, token_ids: Tensor, kept: Tensor, cache: Cache, _: int) -> Tensor:
+        """The last layer's output at new tokens; see `mops_fl.model.AdaptableModel.run_cached`."""
+        with self._changed_by(adapter, [token_ids.shape[1]]):
+            hidden = self.backbone.embed(token_ids)
+            return self.backbone.run_cached(hidden, kept, cache, 0, self.backbone.num_layers)
+
+    def gate_scores(self, adapter: WeightAdapter, token_ids: Tensor, kept: Tensor) -> None:
+        """There is no gate."""
+
+    @contextmanager
+    def _changed_by(self, adapter: WeightAdapter, per_adapter: list[int]) -> Iterator[None]:
+        """The matrices with each adapter's change on its own positions, `per_adapter` many one behind the other."""
         arrays: dict[str, list[Tensor]] = {}
         for name, parameter in adapter.trainable().items():
             arrays.setdefault(name.rpartition(".")[0], []).append(parameter.to(self.backbone.dtype))
         changes = {name: self._rule.change(name, parts, per_adapter, self._config) for name, parts in arrays.items()}
         token = _CHANGES.set(changes)
         try:
-            return plain_losses(self.backbone, torch.zeros(0, self.backbone.hidden_size), rows)
+            yield
         finally:
             _CHANGES.reset(token)
 

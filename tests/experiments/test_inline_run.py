@@ -26,7 +26,7 @@ def run(run_config, folder, **changes):
 
 
 def adapter_bits(folder):
-    arrays, _ = load_adapter(folder.path / "adapter")
+    arrays = load_adapter(folder.path / "adapter").arrays
     return {name: array.tobytes() for name, array in arrays.items()}
 
 
@@ -98,10 +98,14 @@ def test_metrics_cover_every_round(complete):
 
 
 def test_adapter_can_be_loaded_and_is_what_the_last_checkpoint_holds(complete):
-    arrays, config = load_adapter(complete.path / "adapter")
+    saved = load_adapter(complete.path / "adapter")
+    arrays, description = saved.arrays, saved.description
     assert {name: array.shape for name, array in arrays.items()} == {**PROMPTS, **GATE}
     assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in arrays.values())
-    assert (config["method"], config["inject_layer"], config["tasks"]) == ("mops", 2, list(DOLLY_TASKS))
+    assert (description.adapter.method, description.adapter.inject_layer) == ("mops", 2)
+    assert (description.tasks, description.experts) == (DOLLY_TASKS, tuple((task,) for task in DOLLY_TASKS))
+    assert description.backbone.backbone == complete.config["backbone"]
+    assert (description.data.max_length, description.data.data_path) == (64, "")
     checkpoint = run_module.load_checkpoint(complete.path)
     for name, array in {**checkpoint.adapter, **checkpoint.frozen}.items():
         assert array.tobytes() == arrays[name].tobytes()
@@ -129,9 +133,9 @@ def test_same_seed_gives_the_same_bits_and_another_seed_does_not(complete, run_c
 @pytest.mark.usefixtures("quick_report")
 def test_fedprompt_trains_prompts_and_no_gate(complete, run_config, tmp_path):
     folder = run(run_config, tmp_path / "run", method="fedprompt")
-    arrays, config = load_adapter(folder.path / "adapter")
-    assert {name: array.shape for name, array in arrays.items()} == PROMPTS
-    assert config["method"] == folder.summary["method"] == "fedprompt"
+    saved = load_adapter(folder.path / "adapter")
+    assert {name: array.shape for name, array in saved.arrays.items()} == PROMPTS
+    assert saved.description.adapter.method == folder.summary["method"] == "fedprompt"
     assert folder.summary["trainable_parameters"] == 14 * 32
     assert not any(entry["metric"].startswith("gate") for entry in folder.metrics())
     # Both methods get the same input prompts and the same bare model.
@@ -169,3 +173,18 @@ def test_server_beside_the_clients_trains_as_one_more(run_config, tmp_path, comp
     assert folder.summary["client_steps"] == complete.summary["client_steps"] * 4 // 3  # three clients and the server
     assert folder.summary["bytes_up"] == complete.summary["bytes_up"]
     assert adapter_bits(folder) != adapter_bits(complete)
+
+
+def test_run_without_a_gate_keeps_what_its_rows_are_routed_by(run_config, tmp_path, quick_report):
+    routed = run(run_config, tmp_path / "nearest", routing="nearest", weighting="gate-mass", num_server_rounds=1)
+    saved = load_adapter(routed.path / "adapter")
+    assert saved.description.adapter.routing == "nearest"
+    shapes = {name: array.shape for name, array in saved.arrays.items()}
+    assert shapes == {**PROMPTS, "neighbour-keys": (35, 32), "neighbour-experts": (35, 7)}
+    metrics = routed.metrics()
+    mass = [entry["value"] for entry in metrics if entry["metric"].startswith("gate-mass-expert-")]
+    assert len(mass) == 7
+    assert sum(mass) == 3 * 2  # clients, steps: each row has one expert
+    assert all(f"drift-expert-{expert}" in {entry["metric"] for entry in metrics} for expert in range(7))
+    assert "gate-accuracy" in {entry["metric"] for entry in metrics}
+    assert routed.summary["experts"] == [[task] for task in DOLLY_TASKS]

@@ -41,7 +41,7 @@ def test_a_run_whose_perplexity_is_not_finite_is_still_drawn(tmp_path: Path) -> 
 
 
 def test_gate_maps_have_an_expert_a_row_and_a_task_a_column(make_run) -> None:
-    maps = plots._gate_maps(make_run().metrics())
+    maps = plots.gate_maps(make_run().metrics())
     assert sorted(maps) == [0, 5, 10, 15, 20]
     np.testing.assert_allclose(maps[20].sum(axis=0), 1.0)
     np.testing.assert_allclose(np.diag(maps[20]), 1 / 7 + 0.6)

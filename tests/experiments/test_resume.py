@@ -33,7 +33,7 @@ def run(run_config, tmp_path):
 
 
 def adapter_bits(folder):
-    return {name: array.tobytes() for name, array in load_adapter(folder / "adapter")[0].items()}
+    return {name: array.tobytes() for name, array in load_adapter(folder / "adapter").arrays.items()}
 
 
 def measured(folder):

@@ -66,7 +66,7 @@ def test_simulation_joins_a_cluster_that_is_running(cluster, simulate, environme
         output, errors = process.communicate()
         assert process.returncode == 0, output + errors
         assert json.loads((tmp_path / backend / "summary.json").read_text(encoding="utf-8"))["status"] == "complete"
-        adapters.append(load_adapter(tmp_path / backend / "adapter")[0])
+        adapters.append(load_adapter(tmp_path / backend / "adapter").arrays)
     on_cluster, inline = adapters
     for name, array in inline.items():
         np.testing.assert_allclose(on_cluster[name], array, rtol=0, atol=1e-4, err_msg=name)

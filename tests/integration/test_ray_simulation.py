@@ -60,7 +60,7 @@ def test_ray_and_inline_end_with_the_same_adapter_to_the_bit(simulate, tmp_path)
         assert "raylet" not in output + errors
         assert summary_of(folder)["status"] == "complete"
         assert (folder / "report.html").is_file()
-        adapters.append(load_adapter(folder / "adapter")[0])
+        adapters.append(load_adapter(folder / "adapter").arrays)
     on_ray, inline = adapters
     assert on_ray.keys() == inline.keys()
     assert all((on_ray[name] == inline[name]).all() for name in on_ray)
@@ -125,7 +125,7 @@ def test_a_killed_trainer_is_started_again_with_the_same_result(simulate, tmp_pa
                 ours[0].kill()
         process.communicate()
         assert process.returncode == 0
-        adapters.append(load_adapter(tmp_path / name / "adapter")[0])
+        adapters.append(load_adapter(tmp_path / name / "adapter").arrays)
     undisturbed, killed = adapters
     assert all((undisturbed[name] == killed[name]).all() for name in undisturbed)
 

@@ -5,7 +5,7 @@ import pytest
 
 from mops_fl.data import DOLLY_TASKS, Row
 from mops_fl.errors import InputError
-from mops_fl.own_rows import hold_out, load_own_rows, load_server_rows
+from mops_fl.own_rows import keep_back, load_own_rows, load_server_rows
 from mops_fl.task_choice import present_tasks
 
 TASKS = DOLLY_TASKS
@@ -40,17 +40,17 @@ def counts(part):
 
 def test_rows_held_out_are_a_share_of_each_task_and_leave_some_of_it():
     own = rows(a=20, b=3, c=1)
-    train, held_out = hold_out(own, 0.1, seed=0)
+    train, held_out = keep_back(own, 0.1, seed=0)
     assert counts(held_out) == {"a": 2, "b": 1}
     assert sorted(row.row_id for row in train + held_out) == sorted(row.row_id for row in own)
-    assert hold_out(own, 0.9, seed=0)[0] != []
-    assert counts(hold_out(own, 0.99, seed=0)[0]) == {"a": 1, "b": 1, "c": 1}
+    assert keep_back(own, 0.9, seed=0)[0] != []
+    assert counts(keep_back(own, 0.99, seed=0)[0]) == {"a": 1, "b": 1, "c": 1}
 
 
 def test_rows_held_out_are_fixed_by_the_seed():
     own = rows(a=50)
-    assert hold_out(own, 0.2, seed=1) == hold_out(own, 0.2, seed=1)
-    assert hold_out(own, 0.2, seed=1)[1] != hold_out(own, 0.2, seed=2)[1]
+    assert keep_back(own, 0.2, seed=1) == keep_back(own, 0.2, seed=1)
+    assert keep_back(own, 0.2, seed=1)[1] != keep_back(own, 0.2, seed=2)[1]
 
 
 def test_server_takes_no_row_to_train_clients_on(tmp_path, data_config):

@@ -1,0 +1,123 @@
+"""What the commands that use a trained adapter have in common: which one, how it generates, what its gate decided."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mops_fl.config import require_at_least, require_positive
+from mops_fl.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
+
+    from mops_fl.mops_model import MopsModel
+
+BAR_WIDTH = 30
+
+
+def adapter_options() -> argparse.ArgumentParser:
+    """The options that say which adapter, on what: a parent for a command's parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--adapter", metavar="RUN", required=True, help="run folder, adapter folder, or repository on the hub"
+    )
+    parser.add_argument("--backbone", metavar="NAME", help="where the backbone is, if not where the adapter says")
+    parser.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, or auto (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: as in training (default)"
+    )
+    return parser
+
+
+def generation_options() -> argparse.ArgumentParser:
+    """The options that say how answers are made, likewise."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, default=0.0, help="0: always the likeliest token (default)"
+    )
+    parser.add_argument(
+        "--top-p", metavar="P", type=float, default=1.0, help="sample from the likeliest tokens that add up to P"
+    )
+    parser.add_argument("--beams", metavar="N", type=int, default=1, help="beam search; then nothing is streamed")
+    parser.add_argument(
+        "--repetition-penalty", metavar="R", type=float, default=1.0, help="above 1 against loops, such as 1.2"
+    )
+    parser.add_argument("--stop", metavar="TEXT", action="append", help="end an answer behind this text")
+    parser.add_argument("--seed", metavar="N", type=int, help="make sampling repeatable")
+    parser.add_argument("--show-gate", action="store_true", help="show which experts fired (on stderr)")
+    return parser
+
+
+def load_model(args: argparse.Namespace) -> MopsModel:
+    """The model that `adapter_options` name.
+
+    Raises:
+        InputError: see `MopsModel.from_pretrained`.
+    """
+    from mops_fl.mops_model import MopsModel  # slow to import, and not needed to refuse a wrong value
+
+    return MopsModel.from_pretrained(args.adapter, args.backbone, args.device, args.dtype)
+
+
+def read_generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `generate` that `generation_options` name.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    require_at_least("max-new-tokens", args.max_new_tokens, 1)
+    require_at_least("beams", args.beams, 1)
+    require_positive("repetition-penalty", args.repetition_penalty)
+    if not 0 <= args.temperature < math.inf:
+        raise InputError(f"`temperature` is {args.temperature}; it must be a number of at least 0.")
+    if not 0 < args.top_p <= 1:
+        raise InputError(f"`top-p` is {args.top_p}; it must be above 0 and at most 1.")
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}
+    return {
+        "max_new_tokens": args.max_new_tokens,
+        "num_beams": args.beams,
+        "repetition_penalty": args.repetition_penalty,
+        "stop_strings": args.stop,
+        # Whatever the backbone's own settings say of sampling, greedy means greedy.
+        **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+    }
+
+
+def stream_answer(model: MopsModel, inputs: BatchEncoding, options: dict[str, Any]) -> str:
+    """Print the answer to one question on stdout while it is made; beams show only at the end.
+
+    Returns:
+        The answer.
+    """
+    from transformers import TextStreamer
+
+    streams = options["num_beams"] == 1
+    streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
+    output = model.generate(**inputs, **options, streamer=streamer)
+    text: str = model.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    if not streams:
+        print(text)
+    return text
+
+
+def print_gate(model: MopsModel, inputs: BatchEncoding) -> None:
+    """Which experts fire for one question, as bars on stderr."""
+    scores = model.gate(**inputs)
+    if scores is None:
+        print(f"{model.description.adapter.method} has no gate", file=sys.stderr)
+    else:
+        print("\n".join(gate_lines(model.description.expert_names, scores[0].tolist())), file=sys.stderr)
+
+
+def gate_lines(names: Sequence[str], scores: Sequence[float]) -> list[str]:
+    """A line for each expert: name, bar, score."""
+    width = max(map(len, names))
+    return [
+        f"  {name.replace('_', ' '):{width}}  {'█' * round(BAR_WIDTH * score):{BAR_WIDTH}}  {score:.2f}"
+        for name, score in zip(names, scores, strict=True)
+    ]

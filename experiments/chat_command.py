@@ -1,0 +1,119 @@
+"""`mops-fl chat`: talk with a trained adapter; earlier questions and answers stay before the next question."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.adapter_options import (
+    adapter_options,
+    generation_options,
+    load_model,
+    print_gate,
+    read_generation_options,
+    stream_answer,
+)
+from experiments.generate_command import read_context
+from mops_fl.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
+
+    from mops_fl.encoding import Turn
+    from mops_fl.mops_model import MopsModel
+
+HELP = """\
+/context FILE  the next question is about this text
+/new           forget the conversation
+/gate          show which experts fire, or no longer
+/quit          leave (as Ctrl-D does); Ctrl-C ends an answer"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `chat` to the parser of `mops-fl`."""
+    parser = subparsers.add_parser(
+        "chat", parents=[adapter_options(), generation_options()], help="talk with a trained adapter"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer what is typed until it ends.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        InputError: If an option is out of range, or adapter or backbone are missing.
+    """
+    options = read_generation_options(args)
+    model = load_model(args)
+    if args.seed is not None:
+        from transformers import set_seed
+
+        set_seed(args.seed)
+    description = model.description
+    print(f"{description.adapter.method} on {description.backbone.backbone}; /help lists the commands", file=sys.stderr)
+    Chat(model, options, args.show_gate).loop()
+    return 0
+
+
+class Chat:
+    """A conversation; what does not fit into the backbone's window is forgotten from its beginning."""
+
+    def __init__(self, model: MopsModel, options: dict[str, Any], show_gate: bool) -> None:
+        self._model = model
+        self._options = options
+        self._show_gate = show_gate
+        self._context = ""
+        self._turns: list[Turn] = []
+
+    def loop(self) -> None:
+        """Read lines until /quit or the end of the input."""
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                return
+            if line == "/quit":
+                return
+            try:
+                self._command(line) if line.startswith("/") else self._ask(line)
+            except InputError as error:
+                print(error, file=sys.stderr)
+            except KeyboardInterrupt:
+                print()
+
+    def _command(self, line: str) -> None:
+        command, _, argument = line.partition(" ")
+        if command == "/context" and argument:
+            self._context = read_context(Path(argument.strip()).expanduser())
+        elif command == "/new":
+            self._turns, self._context = [], ""
+        elif command == "/gate":
+            self._show_gate = not self._show_gate
+        else:
+            print(HELP, file=sys.stderr)
+
+    def _ask(self, instruction: str) -> None:
+        from mops_fl.encoding import Turn
+
+        if not instruction:
+            return
+        turn, self._context = Turn(instruction, self._context), ""
+        inputs = self._fitting(turn)
+        if self._show_gate:
+            print_gate(self._model, inputs)
+        answer = stream_answer(self._model, inputs, self._options)
+        self._turns.append(Turn(turn.instruction, turn.context, answer.strip()))
+
+    def _fitting(self, turn: Turn) -> BatchEncoding:
+        window = self._model.config.max_position_embeddings - self._options["max_new_tokens"]
+        window -= self._model.adaptable.num_prompts
+        while (inputs := self._model.encode_turns([[*self._turns, turn]]))["input_ids"].shape[1] > window:
+            if not self._turns:
+                raise InputError(f"The question with its context is longer than {window} tokens; shorten it.")
+            del self._turns[0]
+        return inputs

@@ -1,0 +1,227 @@
+"""`mops-fl evaluate`: perplexity, ROUGE-L and exact match of a trained adapter, per task, on any rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from experiments.adapter_options import adapter_options, load_model
+from experiments.drawing import readable
+from experiments.report import NOTHING, perplexity_text
+from experiments.run_folder import ALL_TASKS, RunFolder
+from mops_fl.config import DataConfig, read_section, require_at_least
+from mops_fl.errors import InputError
+
+if TYPE_CHECKING:
+    from mops_fl.data import Row
+    from mops_fl.encoding import EncodedRow
+    from mops_fl.evaluation import Evaluation
+    from mops_fl.mops_model import MopsModel
+    from mops_fl.text_metrics import TextScores
+
+
+class EvaluatedRows(NamedTuple):
+    """Rows to measure on, and where they are from."""
+
+    description: str
+    tasks: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `evaluate` to the parser of `mops-fl`."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        parents=[adapter_options()],
+        help="perplexity, ROUGE-L and exact match of a trained adapter on any rows",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        type=Path,
+        help=".jsonl[.gz] in Dolly's columns, any categories; or task files of Super-NI, one or a folder "
+        "(default: the run's own test rows)",
+    )
+    parser.add_argument("--tasks", metavar="NAMES", default="", help="only these, comma-separated, wildcards allowed")
+    parser.add_argument(
+        "--rows", metavar="N", type=int, default=0, help="only so many, spread over the tasks (default: all)"
+    )
+    parser.add_argument("--max-length", metavar="N", type=int, help="most tokens of a row (default: as in training)")
+    parser.add_argument("--no-generation", action="store_true", help="perplexity only, which is much faster")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=128, help="of an answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, default=8, help="answers made at once (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures, and the answers, to this file")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table, and write the figures if a file is named.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        InputError: If an option is out of range, adapter, backbone or data are missing, or the file cannot be written.
+    """
+    for name in ("rows", "max_new_tokens", "batch_size"):
+        require_at_least(name.replace("_", "-"), getattr(args, name), 0 if name == "rows" else 1)
+    data = read_rows(args.data, args.tasks, args.rows) if args.data else run_rows(Path(args.adapter), args.rows)
+    if args.json:
+        _write(args.json, {})  # now rather than after an hour
+    model = load_model(args)
+    from mops_fl.encoding import RowEncoder
+    from mops_fl.evaluation import by_length, evaluate
+
+    config = replace(model.description.data, max_length=args.max_length or model.description.data.max_length)
+    encoder = RowEncoder(model.tokenizer, config, data.tasks)
+    encoded = by_length(map(encoder.encode, data.rows))
+    evaluation = evaluate(model.adaptable, model.adapter, encoded, data.tasks)
+    answers = {} if args.no_generation else answer_rows(model, encoded, args.max_new_tokens, args.batch_size)
+    scores = score_answers(answers, data)
+    console = Console()
+    console.print(f"{len(encoded)} {data.description}, {sum(row.truncated for row in encoded)} truncated", markup=False)
+    console.print(_table(evaluation, scores, data))
+    if args.json:
+        _write(args.json, _to_json(args, evaluation, scores, data, answers))
+    return 0
+
+
+def read_rows(path: Path, wanted: str, count: int) -> EvaluatedRows:
+    """Rows of a file in Dolly's columns, of a task file, or of a folder of these.
+
+    Raises:
+        InputError: there is no such file, it is not as it should be, or has none of the wanted tasks.
+    """
+    from mops_fl.data import read_dolly, rows_of_tasks, spread_rows
+    from mops_fl.task_choice import choose_tasks
+    from mops_fl.task_files import find_task_files, read_task_file
+
+    if path.is_dir():
+        files = find_task_files(path)
+        rows = tuple(
+            rows_of_tasks(read_task_file(files[task]) for task in choose_tasks(wanted, list(files), str(path)) or files)
+        )
+    elif path.suffix == ".json":
+        rows = tuple(rows_of_tasks([read_task_file(path)]))
+    else:
+        rows = tuple(read_dolly(path, any_task=True))
+    available = tuple(dict.fromkeys(row.task for row in rows))
+    tasks = choose_tasks(wanted, available, str(path)) or available
+    rows = spread_rows([row for row in rows if row.task in tasks], count)
+    if not rows:
+        raise InputError(f"{path} has no rows; give a file that has some.")
+    return EvaluatedRows(f"rows of {path.name}", tasks, rows)
+
+
+def run_rows(run: Path, count: int) -> EvaluatedRows:
+    """The test rows on which a run measured its perplexity.
+
+    Raises:
+        InputError: it is no run's folder, or its data are not there any more.
+    """
+    from mops_fl.data import load_task_data, spread_rows
+
+    if not run.is_dir():
+        raise InputError("Only a run's folder knows its test rows; give rows with --data.")
+    config = RunFolder.open(run).config
+    data = load_task_data(read_section(DataConfig, config))
+    rows = data.evaluation_rows(int(config["eval-rows"]))
+    return EvaluatedRows(f"test rows of {data.description}", data.tasks, spread_rows(rows, count))
+
+
+def answer_rows(model: MopsModel, rows: Sequence[EncodedRow], max_new_tokens: int, batch_size: int) -> dict[int, str]:
+    """Row id -> the likeliest answer, rows of like length together."""
+    answers: dict[int, str] = {}
+    ordered = sorted(rows, key=lambda row: row.prompt_length)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("answering", total=len(ordered))
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            inputs = model.pad([row.token_ids[: row.prompt_length].tolist() for row in batch])
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            texts = model.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers |= {row.row_id: text.strip() for row, text in zip(batch, texts, strict=True)}
+            bar.advance(task, len(batch))
+    return answers
+
+
+def score_answers(answers: dict[int, str], data: EvaluatedRows) -> dict[str, TextScores]:
+    """The scores of each task that has answers, and of all together."""
+    from mops_fl.text_metrics import score_texts
+
+    scores = {}
+    for task in (*data.tasks, ALL_TASKS) if answers else ():
+        rows = [row for row in data.rows if task in (row.task, ALL_TASKS)]
+        if rows:
+            scores[task] = score_texts([answers[row.row_id] for row in rows], [row.references for row in rows])
+    return scores
+
+
+def _table(evaluation: Evaluation, scores: dict[str, TextScores], data: EvaluatedRows) -> Table:
+    table = Table("task")
+    for column in ("rows", "perplexity", "ROUGE-L", "exact match"):
+        table.add_column(column, justify="right")
+    perplexity = evaluation.perplexity()
+    for task in sorted(perplexity, key=lambda task: task == ALL_TASKS):
+        score = scores.get(task)
+        texts = (f"{score.rouge_l:.1f}", f"{score.exact_match:.1f} %") if score else (NOTHING, NOTHING)
+        if task == ALL_TASKS:
+            table.add_section()
+        table.add_row(readable(task), str(_count(task, data)), perplexity_text(perplexity[task]), *texts)
+    return table
+
+
+def _to_json(
+    args: argparse.Namespace,
+    evaluation: Evaluation,
+    scores: dict[str, TextScores],
+    data: EvaluatedRows,
+    answers: dict[int, str],
+) -> dict[str, Any]:
+    gate = dict(zip(evaluation.tasks, evaluation.gate or (), strict=False))
+    tasks: dict[str, dict[str, Any]] = {}
+    for task, perplexity in evaluation.perplexity().items():
+        tasks[task] = {"rows": _count(task, data), "perplexity": perplexity}
+        if task in scores:
+            tasks[task] |= {"rouge-l": scores[task].rouge_l, "exact-match": scores[task].exact_match}
+        if task in gate:
+            tasks[task]["gate"] = gate[task]
+    return {
+        "adapter": args.adapter,
+        "data": data.description,
+        "max-new-tokens": None if args.no_generation else args.max_new_tokens,
+        "tasks": tasks,
+        "answers": [
+            {
+                "task": row.task,
+                "instruction": row.instruction,
+                "answer": answers[row.row_id],
+                "references": row.references,
+            }
+            for row in data.rows
+            if row.row_id in answers
+        ],
+    }
+
+
+def _count(task: str, data: EvaluatedRows) -> int:
+    return sum(task in (row.task, ALL_TASKS) for row in data.rows)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another file.") from error

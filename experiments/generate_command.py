@@ -1,0 +1,75 @@
+"""`mops-fl generate`: answer instructions with a trained adapter."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from experiments.adapter_options import (
+    adapter_options,
+    generation_options,
+    load_model,
+    print_gate,
+    read_generation_options,
+    stream_answer,
+)
+from mops_fl.errors import InputError
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `generate` to the parser of `mops-fl`."""
+    parser = subparsers.add_parser(
+        "generate",
+        parents=[adapter_options(), generation_options()],
+        help="answer instructions with a trained adapter",
+    )
+    parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="an instruction; -: one from each line of stdin")
+    parser.add_argument("--context", metavar="FILE", type=Path, help="text that the instructions are about")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer each prompt on stdout, one behind the other.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        InputError: If an option is out of range, there is no prompt, or adapter, backbone or context are missing.
+    """
+    options, prompts = read_generation_options(args), _prompts(args.prompts)
+    context = read_context(args.context) if args.context else ""
+    model = load_model(args)
+    if args.seed is not None:
+        from transformers import set_seed
+
+        set_seed(args.seed)
+    for number, prompt in enumerate(prompts):
+        if number:
+            print()
+        inputs = model.encode([prompt], [context])
+        if args.show_gate:
+            print_gate(model, inputs)
+        stream_answer(model, inputs, options)
+    return 0
+
+
+def read_context(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The context {path} cannot be read ({error}); give a text file in UTF-8.") from error
+
+
+def _prompts(given: list[str]) -> list[str]:
+    lines = [line for prompt in given for line in (sys.stdin if prompt == "-" else [prompt])]
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError("There is no instruction to answer; give one, or one a line on stdin with -.")
+    return prompts
