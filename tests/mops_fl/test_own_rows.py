@@ -80,6 +80,17 @@ def test_own_rows_are_all_for_training_and_may_lack_tasks(tmp_path, data_config)
     assert counts(load_own_rows(data_config(tasks=TASKS[5]), path).train) == {TASKS[5]: 1}
 
 
+def test_rows_of_held_out_tasks_train_nobody(tmp_path, data_config):
+    path = dolly_file(tmp_path / "rows.jsonl", dict.fromkeys(TASKS, 10))
+    config = data_config(data_path=path, held_out_tasks="open_qa", num_rows=70, test_fraction=0.5, server_rows=35)
+    assert set(counts(load_own_rows(config, path).train)) == set(TASKS) - {"open_qa"}
+    server = load_server_rows(config, with_test=True)
+    assert "open_qa" not in counts(server.server)
+    assert counts(server.test)["open_qa"] == 5
+    lacking = dolly_file(tmp_path / "lacking.jsonl", {"closed_qa": 2})
+    assert counts(load_own_rows(config, lacking).train) == {"closed_qa": 2}
+
+
 def test_own_folder_of_task_files_may_lack_tasks_that_are_named(tmp_path, data_config):
     path = task_files(tmp_path / "own", {"task1_add": 3, "task2_long": 2, "task3_other": 4})
     config = data_config(dataset="super-ni", tasks="task1, task9_missing, *_long")
