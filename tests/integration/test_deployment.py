@@ -152,7 +152,7 @@ def test_clients_train_on_their_own_files_which_never_leave_them(deployment, sup
     assert summary["status"] == "complete", output
     assert (summary["rounds"], summary["failures"], summary["client_steps"]) == (2, 0, 8)
     assert set(summary["perplexity"]) == {"all", *DOLLY_TASKS}
-    assert all(array.any() for array in load_adapter(tmp_path / "run" / "adapter")[0].values())
+    assert all(array.any() for array in load_adapter(tmp_path / "run" / "adapter").arrays.values())
     clients = json.loads((tmp_path / "run" / "partition.json").read_text(encoding="utf-8"))["clients"]
     assert sorted(client["num-rows"] for client in clients) == [15, 25]  # of each six, five are trained on
     assert [client["rows"] for client in clients] == [[], []]
