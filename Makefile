@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: install fetch dolly test test-slow lint check bench docs clean
+.PHONY: install fetch dolly deploy-demo test test-slow lint check bench docs clean
 
 install: .venv/installed
 
@@ -20,6 +20,9 @@ fetch: install
 
 dolly: fetch
 	$(BIN)/flower-simulation --app experiments.dolly
+
+deploy-demo: fetch
+	$(BIN)/mops-fl deploy-demo
 
 test: install
 	$(BIN)/python -m pytest -q

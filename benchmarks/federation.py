@@ -12,7 +12,8 @@ from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
 from experiments.runtimes import inline_grid
 from mops_fl.config import Scalar
-from mops_fl.payload import ARRAYS, ReplyLimits, from_record, to_record
+from mops_fl.payload import ARRAYS, from_record, to_record
+from mops_fl.reply_check import ReplyLimits
 from strategies.aggregation import Aggregate
 from strategies.fedprompt import Acceptance, RoundReport
 from strategies.registry import STRATEGIES

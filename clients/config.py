@@ -25,18 +25,21 @@ class TrainerConfig:
 
     Attributes:
         eval_rows: test rows that are measured, spread evenly over the tasks; 0 for all.
+        evaluate_on: the `server` measures on its test rows, or each of the `clients` on rows that it keeps back.
         central_rows: what central training learns from, the `clients`' rows or the `server`'s.
         cache_megabytes: most memory for frozen hidden states, in MiB; 0 keeps none there.
         cache_file_megabytes: most bytes of a memory-mapped file for those that the memory cannot take, in MiB.
     """
 
     eval_rows: int
+    evaluate_on: str
     central_rows: str
     cache_megabytes: int
     cache_file_megabytes: int
 
     def __post_init__(self) -> None:
         require_at_least("eval-rows", self.eval_rows, 0)
+        require_choice("evaluate-on", self.evaluate_on, ("server", "clients"))
         require_choice("central-rows", self.central_rows, ("clients", "server"))
         require_at_least("cache-megabytes", self.cache_megabytes, 0)
         require_at_least("cache-file-megabytes", self.cache_file_megabytes, 0)
@@ -78,6 +81,8 @@ class ClientConfig:
             raise
         except ValueError as error:
             raise InputError(str(error)) from error
+        if config.trainer.evaluate_on == "clients" and config.data.held_out_tasks:
+            raise InputError("`held-out-tasks` are tested where `evaluate-on` is 'server'; change one of them.")
         if config.adapter.prompt_init == "transformed" and not config.pretrain.input_prompts:
             raise InputError("`prompt-init` is 'transformed', but `input-prompts` is false; change one of them.")
         if config.adapter.routing == "nearest" and not config.data.server_rows:

@@ -1,15 +1,18 @@
-"""Where a client, or the server, finds its trainer: named Ray actors in a simulation, else this very process."""
+"""Where a client, or the server, finds its trainer.
+
+Named Ray actors in a simulation, a process beside the SuperNode in deployment, else this very process.
+"""
 
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+from clients.trainer_process import TrainerProcess
 from mops_fl.config import Scalar
 from mops_fl.errors import RunError
 from mops_fl.payload import TrainRequest, TrainResult
@@ -24,25 +27,33 @@ _MAX_WAITING_CALLS = 1000
 _MAX_RESTARTS, _MAX_RETRIES = 100, 5
 
 
-def connect(run_config: Mapping[str, Scalar]) -> "Trainer":
+def connect(run_config: Mapping[str, Scalar], own_data: str = "") -> "Trainer":
     """The trainer for this run-config; the first caller creates it.
 
     Inside Ray these are actors, one for each GPU of the cluster, or for each machine of a cluster without GPUs, started
-    again should they die: the clients' own actors stay small and never import torch. Elsewhere the trainer lives in
-    this process.
+    again should they die: the clients' own actors stay small and never import torch. In deployment Flower starts a
+    process for every message, and the trainer is a process that outlives them. Elsewhere it lives in this process.
+
+    Args:
+        run_config: the run-config.
+        own_data: where the client has rows of its own, the file or folder with them.
 
     Raises:
         InputError: the config is not valid.
     """
-    settings = json.dumps(dict(run_config), sort_keys=True)
-    return _ray_trainers(settings) if ray.is_initialized() else _local_trainer(settings)
+    settings = json.dumps([dict(run_config), own_data], sort_keys=True)
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return _ray_trainers(settings)
+    if Path(sys.argv[0]).name == "flwr-clientapp":
+        return cast("Trainer", TrainerProcess(settings))
+    return _local_trainer(settings)
 
 
 @functools.lru_cache(maxsize=1)
 def _local_trainer(settings: str) -> "Trainer":
     from clients.trainer import Trainer  # here, so that whoever only asks an actor does not import torch
 
-    return Trainer(json.loads(settings))
+    return Trainer(*json.loads(settings))
 
 
 @functools.lru_cache(maxsize=1)
@@ -67,6 +78,9 @@ class _RayTrainers:
     """
 
     def __init__(self, settings: str) -> None:
+        import ray  # half a second that a client's process in deployment does not need
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
         gpus = [node["NodeID"] for node in nodes for _ in range(int(node["Resources"].get("GPU", 0)))]
         run = hashlib.sha256(settings.encode()).hexdigest()[:16]
@@ -99,6 +113,8 @@ class _RayTrainers:
 
 
 def _call(actor: Any, method: str, *args: object) -> Any:  # noqa: ANN401
+    import ray
+
     try:
         return ray.get(actor.call.remote(method, *args))
     except ray.exceptions.RayTaskError as error:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import resource
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -22,20 +23,27 @@ import torch
 from clients.config import ClientConfig
 from clients.lanes import Lanes
 from clients.local_training import ClientRows, Training, train_cohort
+from clients.row_owners import RowOwners
 from mops_fl.adapter import AdapterState
 from mops_fl.backbone import Backbone
 from mops_fl.compressed import resolve_model, weights_sha256
 from mops_fl.config import Scalar
-from mops_fl.data import Row, TaskData, load_task_data
+from mops_fl.data import Row, TaskData
 from mops_fl.encoding import EncodedRow, RowEncoder
 from mops_fl.errors import InputError
 from mops_fl.evaluation import Evaluation, by_length, evaluate, evaluate_bare
 from mops_fl.methods import require_method
 from mops_fl.model import AdaptableModel, check_inject_layer
-from mops_fl.payload import INPUT_PROMPTS, Arrays, ClientInfo, TrainRequest, TrainResult
+from mops_fl.payload import (
+    INPUT_PROMPTS,
+    Arrays,
+    ClientInfo,
+    EvaluateRequest,
+    EvaluateResult,
+    TrainRequest,
+    TrainResult,
+)
 from mops_fl.state_cache import StateCache
-from partitioning.manifest import build_manifest
-from partitioning.registry import partition_rows
 
 
 @dataclass(frozen=True)
@@ -91,13 +99,19 @@ class Trainer:
     Cohorts and evaluation batches run on the machine's lanes. What a call returns does not depend on what else runs.
     """
 
-    def __init__(self, run_config: Mapping[str, Scalar]) -> None:
+    def __init__(self, run_config: Mapping[str, Scalar], own_data: str = "") -> None:
         """Keep the config; data and model are loaded when first needed.
+
+        Args:
+            run_config: the run-config.
+            own_data: file or folder with the rows of the one client that this trainer then works for; empty where
+                clients share a data set.
 
         Raises:
             InputError: the config is not valid.
         """
         self._config = ClientConfig.from_run_config(run_config)
+        self._owners = RowOwners(self._config, own_data)
         self._method = require_method(self._config.adapter.method)
         self._lanes = Lanes.of_this_machine()
         self._name = uuid4().hex
@@ -118,7 +132,9 @@ class Trainer:
     def describe(self, partition_id: int) -> ClientInfo:
         """What a client answers when asked who it is."""
         with self._lock:
-            return ClientInfo(partition_id, len(self._rows_of(partition_id)), self._name)
+            rows = self._owners.rows_of(partition_id)[0]
+            own_rows = Counter(row.task for row in rows) if self._owners.own_data else None
+            return ClientInfo(partition_id, len(rows), self._name, own_rows)
 
     def prepare(self) -> Start:
         """Pretrain the input prompts and the gate on the server's rows."""
@@ -144,6 +160,24 @@ class Trainer:
         with self._lock:
             backbone, rows = self._backbone, self._test_rows
         return evaluate_bare(backbone, rows, self._data.tasks, spread=self._lanes.map)
+
+    def evaluate_client(self, partition_id: int, request: EvaluateRequest) -> EvaluateResult:
+        """Measure an adapter, or the backbone alone, on the rows that this client keeps back.
+
+        Raises:
+            InputError: it keeps none.
+        """
+        with self._lock:
+            rows = self._encode(self._owners.rows_of(partition_id)[1])
+            model = self._adaptable_model(request.frozen) if request.adapter else None
+        if not rows:
+            raise InputError(f"Client {partition_id} has no rows to be measured on; give it two of a task at least.")
+        tasks, spread = self._data.tasks, self._lanes.map
+        if model is None:
+            measured = evaluate_bare(self._backbone, rows, tasks, spread=spread)
+        else:
+            measured = evaluate(model, model.adapter([_tensors(request.adapter)]), rows, tasks, spread=spread)
+        return measured.sums(request.tasks, Counter(tasks[row.task] for row in rows))
 
     def train(self, partition_id: int, request: TrainRequest) -> TrainResult:
         """Train the cohort named in the request, once, and return this client's part of it.
@@ -189,16 +223,9 @@ class Trainer:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    @cached_property
+    @property
     def _data(self) -> TaskData:
-        return load_task_data(self._config.data)
-
-    @cached_property
-    def _rows_per_client(self) -> list[list[int]]:
-        try:
-            return partition_rows([row.task for row in self._data.train], config=self._config.partition)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        return self._owners.data
 
     @cached_property
     def _backbone(self) -> Backbone:
@@ -230,11 +257,11 @@ class Trainer:
             data_is_sample=data.is_sample,
             rows={
                 "train": len(train),
-                "test": len(self._test_rows),
+                "test": len(self._test_rows) if self._config.trainer.evaluate_on == "server" else 0,
                 "server": len(server),
                 "truncated": sum(row.truncated for row in [*train, *test, *server]),
             },
-            manifest=build_manifest(self._rows_per_client, [row.task for row in data.train], self._config.partition),
+            manifest=self._owners.manifest(),
             dtype=str(self._backbone.dtype).removeprefix("torch."),
             device=torch.cuda.get_device_name() if self._backbone.device.type == "cuda" else "cpu",
             hidden_size=self._backbone.hidden_size,
@@ -247,24 +274,16 @@ class Trainer:
             model = self._adaptable_model(request.frozen)
             clients = {
                 partition_id: ClientRows(
-                    self._encode([self._data.train[index] for index in rows]),
+                    self._encode(rows),
                     seed=(self._config.partition.seed, request.server_round, partition_id),
                 )
                 for partition_id in request.cohort.members
-                if (rows := self._rows_of(partition_id))
+                if (rows := self._owners.rows_of(partition_id)[0])
             }
         if not clients:
             return {}
         results = train_cohort(model, _tensors(request.adapter), list(clients.values()), self._config.train)
         return dict(zip(clients, results, strict=True))
-
-    def _rows_of(self, partition_id: int) -> list[int]:
-        if not 0 <= partition_id < len(self._rows_per_client):
-            raise InputError(
-                f"There is no client {partition_id}: num-clients is {len(self._rows_per_client)}; "
-                "start as many SuperNodes as num-clients."
-            )
-        return self._rows_per_client[partition_id]
 
     def _adaptable_model(self, frozen: Arrays) -> AdaptableModel:
         """The model with what the server froze; its cached states live as long as that stays the same."""

@@ -14,7 +14,9 @@ from experiments.checkpoint import Checkpoint
 from experiments.config import ExperimentConfig
 from experiments.run import Run
 from mops_fl.config import Scalar
+from mops_fl.errors import InputError
 from mops_fl.payload import METRICS, encode_result
+from partitioning import OWN_ROWS
 from strategies.fedprompt import RoundReport
 
 
@@ -46,6 +48,11 @@ class CentralRun(Run):
 def run_centrally(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signals: Callable[[], None]) -> None:
     """Train centrally what the app would train in a federation; a `experiments.runtimes.Backend`."""
     config = ExperimentConfig.from_run_config(run_config)
+    trainer_config, partition = config.client.trainer, config.client.partition
+    if trainer_config.evaluate_on == "clients":
+        raise InputError("`evaluate-on` is 'clients', but central training has none; set it to server.")
+    if partition.partitioner == OWN_ROWS and trainer_config.central_rows == "clients":
+        raise InputError("`partitioner` is 'own-rows', which only the clients have; set central-rows to server.")
     catch_signals()
     trainer = connect(run_config)
     CentralRun(config, run_config, trainer, trainer.setting()).run()

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before anything imports flwr, which reads it then
 
 from experiments import (
+    certificates,
     chat_command,
     compare,
     compress_command,
+    deploy_demo_command,
     evaluate_command,
     fetch_command,
     generate_command,
@@ -25,12 +27,14 @@ from mops_fl.errors import InputError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input ends it with one sentence and exit code 2."""
     parser = argparse.ArgumentParser(
-        "mops-fl", description="Fetch model and data, prune, train, sweep; report on runs, compare and use them."
+        "mops-fl",
+        description="Fetch model and data, prune, train, sweep; report on runs, compare and use them; deploy.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     making = (fetch_command, compress_command, train_command, sweep_command)
     using = (report_command, compare, generate_command, chat_command, evaluate_command, grow_command)
-    for command in making + using:
+    deploying = (certificates, deploy_demo_command)
+    for command in making + using + deploying:
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:

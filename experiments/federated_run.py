@@ -8,11 +8,15 @@ from flwr.serverapp import Grid
 
 from clients.trainer import Setting, Trainer
 from experiments.checkpoint import Checkpoint
+from experiments.client_evaluation import evaluate_on_clients
 from experiments.config import ExperimentConfig
 from experiments.nodes import RollCall
 from experiments.run import Run
 from mops_fl.config import Scalar
-from mops_fl.payload import ReplyLimits, TrainResult, from_record, to_record
+from mops_fl.evaluation import Evaluation
+from mops_fl.methods import METHODS
+from mops_fl.payload import Arrays, EvaluateRequest, TrainResult, from_record, to_record
+from mops_fl.reply_check import ReplyLimits
 from strategies.aggregation import Aggregate, build_aggregate
 from strategies.fedprompt import Acceptance
 from strategies.privacy import private_mean, spent_epsilon
@@ -43,6 +47,23 @@ class FederatedRun(Run):
         self._grid = grid
         self._sampler = sampler
         self._roll_call = RollCall(sampler)
+
+    def _evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
+        if self._config.client.trainer.evaluate_on == "server":
+            return super()._evaluate(adapter, frozen)
+        config = self._config.client.adapter
+        num_experts = config.num_experts if METHODS[config.method].gated else 0
+        return self._ask_clients(EvaluateRequest(self._setting.tasks, adapter, frozen), num_experts)
+
+    def _evaluate_bare(self) -> Evaluation:
+        if self._config.client.trainer.evaluate_on == "server":
+            return super()._evaluate_bare()
+        return self._ask_clients(EvaluateRequest(self._setting.tasks, {}, {}), num_experts=0)
+
+    def _ask_clients(self, request: EvaluateRequest, num_experts: int) -> Evaluation:
+        nodes = self._sampler.node_of.values()
+        seconds = self._config.federation.round_timeout
+        return evaluate_on_clients(self._grid, nodes, request, num_experts=num_experts, timeout_seconds=seconds)
 
     def _train(self, checkpoint: Checkpoint) -> None:
         federation, rounds_done = self._config.federation, self._progress.rounds_done

@@ -2,12 +2,15 @@
 
 import logging
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from clients.trainer import Setting
 from mops_fl.errors import InputError
-from mops_fl.payload import ClientInfo, decode_info
+from mops_fl.payload import NOT_NUMBERED, ClientInfo, decode_info
 from strategies.sampling import ClientSampler
 
 logger = logging.getLogger(__name__)
@@ -29,7 +32,8 @@ def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> di
         patience_seconds: how long to wait while no further node arrives.
 
     Returns:
-        Node id -> client, in order of the partition ids.
+        Node id -> client, in order of the partition ids. Clients with rows of their own are numbered by their node ids,
+        which a SuperNode that authenticates itself keeps.
 
     Raises:
         InputError: too few nodes came, one could not answer, or two are the same client.
@@ -38,6 +42,8 @@ def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> di
     clients: dict[int, ClientInfo] = {}
     for first in range(0, len(node_ids), _QUESTIONS_AT_ONCE):
         clients |= _ask(grid, node_ids[first : first + _QUESTIONS_AT_ONCE], timeout=60 + patience_seconds)
+    if clients and all(info.partition_id == NOT_NUMBERED for info in clients.values()):
+        return _number(clients, num_clients)
     partition_ids = sorted(info.partition_id for info in clients.values())
     if partition_ids != list(range(num_clients)):
         raise InputError(
@@ -76,6 +82,42 @@ class RollCall:
             # Whoever claims to be a client that is still connected is not believed.
             if info.partition_id in gone:
                 self._sampler.move(node_id, info)
+
+
+def with_own_rows(setting: Setting, clients: Mapping[int, ClientInfo]) -> Setting:
+    """The setting with the clients' own rows: how many of each task every client has, and not which.
+
+    Raises:
+        InputError: a client has a task that the server does not know.
+    """
+    entries = []
+    for node_id, info in clients.items():
+        own_rows = info.own_rows or {}
+        if unknown := sorted(set(own_rows) - set(setting.tasks)):
+            raise InputError(
+                f"Node {node_id} has rows of the task {unknown[0]!r}, which is none of the server's "
+                f"({', '.join(setting.tasks)}); name the tasks of the federation in `tasks`."
+            )
+        per_task = {task: own_rows.get(task, 0) for task in setting.tasks}
+        entries.append(
+            {"partition-id": info.partition_id, "num-rows": info.num_examples, "per-task": per_task, "rows": []}
+        )
+    num_rows = sum(info.num_examples for info in clients.values())
+    return replace(
+        setting,
+        data_description=f"{len(clients)} clients' own rows, and the server's: {setting.data_description}",
+        rows={**setting.rows, "train": num_rows},
+        manifest={**setting.manifest, "num-rows": num_rows, "tasks": list(setting.tasks), "clients": entries},
+    )
+
+
+def _number(clients: Mapping[int, ClientInfo], num_clients: int) -> dict[int, ClientInfo]:
+    if len(clients) != num_clients:
+        raise InputError(
+            f"{len(clients)} SuperNodes with rows of their own are connected, but num-clients is {num_clients}; "
+            f"set num-clients={len(clients)}, or stop those that do not belong to this run."
+        )
+    return {node_id: replace(clients[node_id], partition_id=number) for number, node_id in enumerate(sorted(clients))}
 
 
 def _ask(grid: Grid, node_ids: list[int], timeout: float) -> dict[int, ClientInfo]:

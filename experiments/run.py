@@ -79,10 +79,18 @@ class Run(ABC):
     def _train(self, checkpoint: Checkpoint) -> None:
         """Train from the checkpoint on; call `_after_training` and `_after_round` for every round."""
 
+    def _evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
+        """Measure an adapter."""
+        return self._trainer.evaluate(adapter, frozen)
+
+    def _evaluate_bare(self) -> Evaluation:
+        """Measure the model without prompts."""
+        return self._trainer.evaluate_bare()
+
     def _prepare(self) -> Checkpoint:
         """Measure the bare model, pretrain on the server's rows, measure again; this is round 0."""
         progress = self._progress
-        bare = self._trainer.evaluate_bare()
+        bare = self._evaluate_bare()
         progress.perplexity_bare = bare.perplexity()
         self._log_evaluation(bare, "perplexity-bare")
         self._display.say(f"test perplexity of the model without prompts: {progress.perplexity_bare['all']:.3f}")
@@ -90,7 +98,7 @@ class Run(ABC):
         if start.gate_accuracy is not None:
             self._log("server", "gate-accuracy", start.gate_accuracy)
             self._display.say(f"gate pretrained: right on {start.gate_accuracy:.0%} of the server's rows")
-        before = self._trainer.evaluate(start.adapter, start.frozen)
+        before = self._evaluate(start.adapter, start.frozen)
         progress.perplexity_before = progress.perplexity = before.perplexity()
         self._log_evaluation(before, "perplexity")
         self._display.evaluation(0, progress.perplexity)
@@ -112,6 +120,7 @@ class Run(ABC):
             progress.failures_by_client[client] = progress.failures_by_client.get(client, 0) + 1
         self._log("train", "loss", totals["loss-sum"] / totals["num-tokens"])
         self._log("train", "tokens-per-second", totals["num-tokens"] / seconds)
+        self._log("train", "round-seconds", seconds)
         self._log("train", "failures", len(report.failures))
         for name, value in report.drift.items():
             self._log("train", name, value)
@@ -123,7 +132,7 @@ class Run(ABC):
         federation, progress = self._config.federation, self._progress
         is_last = progress.rounds_done == federation.num_server_rounds
         if is_last or progress.rounds_done % federation.evaluate_every == 0:
-            evaluation = self._trainer.evaluate(adapter, frozen)
+            evaluation = self._evaluate(adapter, frozen)
             progress.perplexity = evaluation.perplexity()
             self._log_evaluation(evaluation, "perplexity")
             self._display.evaluation(progress.rounds_done, progress.perplexity)

@@ -10,7 +10,8 @@ from flwr.serverapp import Grid, ServerApp
 from clients.resident import connect
 from experiments.config import ExperimentConfig
 from experiments.federated_run import FederatedRun
-from experiments.nodes import find_clients
+from experiments.nodes import find_clients, with_own_rows
+from partitioning import OWN_ROWS
 from strategies.sampling import ClientSampler
 
 app = ServerApp()
@@ -25,8 +26,11 @@ def main(grid: Grid, context: Context) -> None:
     config = ExperimentConfig.from_run_config(context.run_config)
     trainer = connect(context.run_config)
     setting = trainer.setting()
+    clients = find_clients(grid, config.client.partition.num_clients, patience_seconds=NODE_PATIENCE_SECONDS)
+    if config.client.partition.partitioner == OWN_ROWS:
+        setting = with_own_rows(setting, clients)
     sampler = ClientSampler(
-        find_clients(grid, config.client.partition.num_clients, patience_seconds=NODE_PATIENCE_SECONDS),
+        clients,
         clients_per_round=config.federation.clients_per_round,
         cohort_size=config.federation.cohort_size,
         seed=config.client.partition.seed,

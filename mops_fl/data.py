@@ -13,7 +13,7 @@ import numpy as np
 
 from mops_fl.config import DataConfig
 from mops_fl.errors import InputError
-from mops_fl.sources import resolve_data
+from mops_fl.sources import DataSource, resolve_data
 from mops_fl.task_choice import choose_tasks, list_tasks
 from mops_fl.task_files import TaskFile, default_tasks, find_task_files, read_task_file
 
@@ -107,14 +107,32 @@ def load_task_data(config: DataConfig) -> TaskData:
         InputError: no such file or folder, a line or a task file that is not as it should be, a row without
             instruction or response, a task that is not there or has too few rows.
     """
-    source = resolve_data(config.dataset, config.data_path)
+    source, tasks, rows = load_rows(config)
+    train, test, server = draw_parts(rows, tasks, config)
+    description = f"{source.description}{_shortfall(train + test, server, tasks, config)}"
+    return without_held_out(TaskData(tasks, train, test, server, (), description, source.is_sample), config)
+
+
+def load_rows(config: DataConfig, data_path: str | None = None) -> tuple[DataSource, tuple[str, ...], list[Row]]:
+    """The configured data set, or that of the same kind at another path: whence it comes, its tasks, all their rows.
+
+    Raises:
+        InputError: as `load_task_data`, except for what it says of too few rows.
+    """
+    source = resolve_data(config.dataset, config.data_path if data_path is None else data_path)
     load = {"dolly": _load_dolly, "super-ni": _load_task_files}[config.dataset]
     tasks, rows = load(source.path, config.tasks)
-    train, test, server = draw_parts(rows, tasks, config)
     chosen = "" if tasks == DOLLY_TASKS else f", {len(tasks)} tasks ({list_tasks(tasks)})"
-    description = f"{source.description}{chosen}{_shortfall(train + test, server, tasks, config)}"
-    data = TaskData(tasks, train, test, server, (), description, source.is_sample)
-    unseen = choose_tasks(config.held_out_tasks, tasks, "those chosen", key="held-out-tasks")
+    return replace(source, description=f"{source.description}{chosen}"), tasks, rows
+
+
+def without_held_out(data: TaskData, config: DataConfig) -> TaskData:
+    """The same data with the configured `held_out_tasks` only tested.
+
+    Raises:
+        InputError: no task would be left to train on, or there is none of such a name.
+    """
+    unseen = choose_tasks(config.held_out_tasks, data.tasks, "those chosen", key="held-out-tasks")
     return hold_out(data, unseen) if unseen else data
 
 

@@ -1,16 +1,18 @@
 """Perplexity per task, from sums and counts, and how the gate treated each task."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from mops_fl.adapter import Adapter
 from mops_fl.backbone import Backbone
 from mops_fl.encoding import EncodedRow
 from mops_fl.model import AdaptableModel, RowLosses, plain_losses
+from mops_fl.payload import EvaluateResult
 
 # Positions of one packed forward pass: enough to keep the matrix products busy, little enough for a laptop.
 BATCH_TOKENS = 2048
@@ -50,6 +52,32 @@ class Evaluation:
             if num_tokens:
                 figures[task] = math.exp(loss_sum / num_tokens)
         return figures
+
+    def sums(self, tasks: Sequence[str], rows_per_task: Mapping[str, int]) -> EvaluateResult:
+        """What adds up with other clients' measurements, for `tasks`, some of which may not be among this one's."""
+        nothing = (0.0, 0, (0.0,) * len(self.gate[0]) if self.gate else ())
+        gate = self.gate or [()] * len(self.tasks)
+        of_task = dict(zip(self.tasks, zip(self.loss_sum, self.num_tokens, gate, strict=True), strict=True))
+        chosen = [of_task.get(task, nothing) for task in tasks]
+        num_rows = tuple(rows_per_task.get(task, 0) for task in tasks)
+        return EvaluateResult(
+            loss_sum=tuple(loss_sum for loss_sum, _, _ in chosen),
+            num_tokens=tuple(num_tokens for _, num_tokens, _ in chosen),
+            num_rows=num_rows,
+            gate_mass=tuple(
+                count * score for (*_, scores), count in zip(chosen, num_rows, strict=True) for score in scores
+            ),
+        )
+
+    @classmethod
+    def of_sums(cls, tasks: tuple[str, ...], results: Sequence[EvaluateResult]) -> "Evaluation":
+        """One measurement of what several clients measured."""
+        loss_sum, num_tokens, num_rows, gate_mass = (
+            np.sum([getattr(result, field.name) for result in results], axis=0) for field in fields(EvaluateResult)
+        )
+        scores = gate_mass.reshape(len(tasks), -1) / np.maximum(num_rows, 1)[:, None]
+        gate = tuple(map(tuple, scores.tolist())) if scores.size else None
+        return cls(tasks, tuple(loss_sum.tolist()), tuple(map(int, num_tokens)), gate)
 
 
 def evaluate(

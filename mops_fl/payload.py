@@ -1,17 +1,21 @@
-"""The wire contract: what a train message and its reply carry, as Flower records.
+"""The wire contract: what each message and its reply carry, as Flower records. Nothing else leaves a client.
 
-Message  `arrays`   the adapter, name -> float32
+Train    `arrays`   the adapter, name -> float32
          `frozen`   the input prompts P1, and what rows are routed by where no gate does it
          `config`   server-round, cohort (partition ids trained together), cohort-number, num-cohorts
 Reply    `arrays`   the trained adapter, same names and shapes
          `metrics`  num-examples, num-steps, num-tokens, loss-sum (nats), seconds, gate-mass (one number per expert)
-Query    `config`   partition-id, num-examples, trainer (clients that name the same one can be trained together)
+Evaluate `arrays`, `frozen` as above, neither for the bare model
+         `config`   tasks, by name
+Reply    `metrics`  loss-sum (nats), num-tokens and num-rows of each task, gate-mass (task after task, each expert)
+Query    nothing
+Reply    `config`   partition-id, num-examples, trainer (clients that name the same one can be trained together); if
+                    the rows are the client's own also its tasks and the rows-per-task
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -28,13 +32,10 @@ SERVER_ROUND = "server-round"
 COHORT = "cohort"
 COHORT_NUMBER = "cohort-number"
 NUM_COHORTS = "num-cohorts"
+TASKS = "tasks"
+NOT_NUMBERED = -1  # the partition id of a client with rows of its own, until the server has numbered it
 
 Arrays = Mapping[str, NDArray[np.float32]]
-
-_HEADER_SLACK_BYTES = 1024  # the same array may have a longer header from another numpy
-_ROUNDING = 1e-3  # of the gate mass of one row, which is 1
-
-_METRIC_NAMES = {"num-examples", "num-steps", "num-tokens", "loss-sum", "seconds", "gate-mass"}
 
 
 @dataclass(frozen=True)
@@ -97,29 +98,48 @@ class ClientInfo:
     """What a node says of itself.
 
     Attributes:
-        partition_id: which client it is.
-        num_examples: rows it holds.
+        partition_id: which client it is, or `NOT_NUMBERED`.
+        num_examples: rows it trains on.
         trainer: name of the resident trainer that works for it.
+        own_rows: if its rows are its own and no part of a shared set, how many it has of each of its tasks.
     """
 
     partition_id: int
     num_examples: int
     trainer: str
+    own_rows: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
-class ReplyLimits:
-    """Most that a reply may claim to have done in a round.
+class EvaluateRequest:
+    """What one client is asked to measure on the rows that it keeps back.
 
     Attributes:
-        num_steps: optimiser steps.
-        rows_per_step: rows of one step.
-        tokens_per_row: tokens of one row.
+        tasks: tasks in the order of the answer.
+        adapter: the adapter; empty for the model without prompts.
+        frozen: the input prompts P1 under their wire name; empty likewise.
     """
 
-    num_steps: int
-    rows_per_step: int
-    tokens_per_row: int
+    tasks: tuple[str, ...]
+    adapter: Arrays
+    frozen: Arrays
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What one client measured: sums over its rows of each task.
+
+    Attributes:
+        loss_sum: nats, per task.
+        num_tokens: tokens that carried loss, per task.
+        num_rows: rows, per task.
+        gate_mass: summed gate score of each expert, task after task; empty without a gate.
+    """
+
+    loss_sum: tuple[float, ...]
+    num_tokens: tuple[int, ...]
+    num_rows: tuple[int, ...]
+    gate_mass: tuple[float, ...]
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:
@@ -171,64 +191,8 @@ def encode_result(result: TrainResult) -> RecordDict:
     return RecordDict({ARRAYS: to_record(result.adapter), METRICS: metrics})
 
 
-def check_result(content: RecordDict, expected: ArrayRecord, limits: ReplyLimits) -> None:
-    """Refuse a reply that must not be averaged in.
-
-    Args:
-        content: a reply's content; anything may be in it.
-        expected: the arrays that were sent.
-        limits: most that the client was asked to do.
-
-    Raises:
-        InputError: records or metrics are missing or extra, arrays are larger than those that were sent, shapes or
-            dtypes differ, a value is not finite, or a count is not positive or beyond its limit.
-    """
-    names = set(content), set(content.array_records), set(content.metric_records.get(METRICS, {}))
-    if names != ({ARRAYS, METRICS}, {ARRAYS}, _METRIC_NAMES):
-        raise InputError("The reply does not hold exactly the adapter and its metrics; update the client's software.")
-    arrays = content.array_records[ARRAYS]
-    if list(arrays) != list(expected):
-        raise InputError(f"The reply holds the arrays {_shortened(list(arrays))}, not {list(expected)}.")
-    for name, array in arrays.items():
-        _check_array(name, array, expected[name])
-    _check_metrics(dict(content.metric_records[METRICS]), limits)
-
-
-def _check_array(name: str, array: Array, expected: Array) -> None:
-    if len(array.data) > len(expected.data) + _HEADER_SLACK_BYTES:
-        raise InputError(f"Array {name} takes {len(array.data):,} bytes, not {len(expected.data):,} as was sent.")
-    try:
-        values = array.numpy()
-    except (ValueError, TypeError, EOFError, OSError, SyntaxError, MemoryError, BadZipFile) as error:
-        raise InputError(f"Array {name} cannot be decoded ({error}).") from error
-    if not isinstance(values, np.ndarray):  # numpy opens an archive of arrays just as well
-        raise InputError(f"Array {name} cannot be decoded (it is a {type(values).__name__}).")
-    for shape, dtype in ((array.shape, array.dtype), (values.shape, values.dtype)):
-        if (tuple(shape), str(dtype)) != (tuple(expected.shape), expected.dtype):
-            raise InputError(f"Array {name} is {dtype} {tuple(shape)}, not {expected.dtype} {tuple(expected.shape)}.")
-    if not np.isfinite(values).all():
-        raise InputError(f"Array {name} holds values that are not finite; lower the client's learning rate.")
-
-
-def _check_metrics(metrics: Mapping[str, Any], limits: ReplyLimits) -> None:
-    for name in ("num-examples", "num-steps", "num-tokens"):
-        if type(metrics[name]) is not int or metrics[name] <= 0:
-            raise InputError(f"Metric {name} is {_shortened(metrics[name])}, not a positive count.")
-    num_rows = metrics["num-steps"] * limits.rows_per_step
-    for name, most in (("num-steps", limits.num_steps), ("num-tokens", num_rows * limits.tokens_per_row)):
-        if metrics[name] > most:
-            raise InputError(f"Metric {name} is {metrics[name]}, more than the {most} that were possible.")
-    for name in ("loss-sum", "seconds"):
-        if not isinstance(metrics[name], int | float) or not np.isfinite(metrics[name]):
-            raise InputError(f"Metric {name} is {_shortened(metrics[name])}, not a finite number.")
-    mass = metrics["gate-mass"]
-    if not isinstance(mass, list) or not np.isfinite(mass).all() or min(mass, default=0) < 0:
-        raise InputError(f"Metric gate-mass is {_shortened(mass)}, not a list of finite numbers of at least 0.")
-    if sum(mass) > num_rows * (1 + _ROUNDING):
-        raise InputError(f"Metric gate-mass adds up to {sum(mass):g}, more than the {num_rows} rows trained on.")
-
-
-def _shortened(value: object) -> str:
+def shortened(value: object) -> str:
+    """A value of somebody else's as it may stand in a message."""
     text = str(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -238,6 +202,9 @@ def encode_info(info: ClientInfo) -> RecordDict:
     config = ConfigRecord(
         {"partition-id": info.partition_id, "num-examples": info.num_examples, "trainer": info.trainer}
     )
+    if info.own_rows is not None:
+        config[TASKS] = list(info.own_rows)
+        config["rows-per-task"] = list(info.own_rows.values())
     return RecordDict({CONFIG: config})
 
 
@@ -250,5 +217,70 @@ def decode_info(content: RecordDict) -> ClientInfo:
     config: dict[str, Any] = dict(content.config_records.get(CONFIG, {}))
     kinds = {"partition-id": int, "num-examples": int, "trainer": str}
     if any(type(config.get(name)) is not kind for name, kind in kinds.items()) or config["num-examples"] < 0:
-        raise InputError(f"It answers {_shortened(config)}, not who it is; update its software.")
-    return ClientInfo(config["partition-id"], config["num-examples"], config["trainer"])
+        raise InputError(f"It answers {shortened(config)}, not who it is; update its software.")
+    return ClientInfo(config["partition-id"], config["num-examples"], config["trainer"], _own_rows(config))
+
+
+def _own_rows(config: Mapping[str, Any]) -> dict[str, int] | None:
+    if TASKS not in config:
+        return None
+    tasks, counts = config[TASKS], config.get("rows-per-task")
+    if not isinstance(tasks, list) or not isinstance(counts, list) or len(tasks) != len(counts):
+        raise InputError(f"It answers {shortened(config)}, not its rows of each task; update its software.")
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise InputError(f"It answers {shortened(config)}, in which a task's rows are no count; update its software.")
+    return dict(zip(tasks, counts, strict=True))
+
+
+def encode_evaluate_request(request: EvaluateRequest) -> RecordDict:
+    """The content of an evaluate message."""
+    return RecordDict(
+        {
+            ARRAYS: to_record(request.adapter),
+            FROZEN: to_record(request.frozen),
+            CONFIG: ConfigRecord({TASKS: list(request.tasks)}),
+        }
+    )
+
+
+def decode_evaluate_request(content: RecordDict) -> EvaluateRequest:
+    """An evaluate message's content."""
+    config: dict[str, Any] = dict(content.config_records[CONFIG])
+    return EvaluateRequest(
+        tasks=tuple(config[TASKS]),
+        adapter=from_record(content.array_records[ARRAYS]),
+        frozen=from_record(content.array_records[FROZEN]),
+    )
+
+
+def encode_evaluate_result(result: EvaluateResult) -> RecordDict:
+    """The content of the reply to an evaluate message."""
+    metrics = MetricRecord()
+    for name, values in vars(result).items():
+        metrics[name.replace("_", "-")] = list(values)
+    return RecordDict({METRICS: metrics})
+
+
+def decode_evaluate_result(content: RecordDict, num_tasks: int, num_experts: int) -> EvaluateResult:
+    """A measurement that can be added to others.
+
+    Args:
+        content: a reply's content; anything may be in it.
+        num_tasks: tasks that were asked for.
+        num_experts: experts of the adapter's gate, 0 without one.
+
+    Raises:
+        InputError: it does not hold one finite sum of at least 0 for each task, and for each of its experts.
+    """
+    metrics: dict[str, Any] = dict(content.metric_records.get(METRICS, {}))
+    lengths = {"loss-sum": num_tasks, "num-tokens": num_tasks, "num-rows": num_tasks}
+    lengths["gate-mass"] = num_tasks * num_experts
+    if set(metrics) != set(lengths):
+        raise InputError("The reply does not hold exactly the sums of an evaluation; update the client's software.")
+    for name, length in lengths.items():
+        values = metrics[name]
+        if not isinstance(values, list) or len(values) != length:
+            raise InputError(f"Metric {name} is not a list of {length} numbers.")
+        if not np.isfinite(values).all() or min(values, default=0) < 0:
+            raise InputError(f"Metric {name} is {values}, not finite numbers of at least 0.")
+    return EvaluateResult(**{name.replace("-", "_"): tuple(metrics[name]) for name in lengths})

@@ -30,6 +30,16 @@ def choose_tasks(wanted: str, available: Sequence[str], place: str, key: str = "
     return tuple(dict.fromkeys(task for word in words for task in _matching(word, available, place, key)))
 
 
+def present_tasks(wanted: str, available: Sequence[str]) -> tuple[str, ...]:
+    """Of the tasks there are, those that `wanted` means, as `choose_tasks`; that some are not there is no error."""
+    words = [word.strip() for word in wanted.split(",") if word.strip()]
+    return tuple(task for task in available if any(_means(word, task) for word in words))
+
+
+def _means(word: str, task: str) -> bool:
+    return fnmatchcase(task, word) if WILDCARDS & set(word) else task == word or task.startswith(f"{word}_")
+
+
 def list_tasks(tasks: Sequence[str]) -> str:
     """The names for a sentence; of many, the first ones."""
     left_out = len(tasks) - SHOWN

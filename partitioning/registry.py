@@ -14,6 +14,7 @@ from flwr_datasets.partitioner import (
     ShardPartitioner,
 )
 
+from partitioning import OWN_ROWS
 from partitioning.skewed_shards import skewed_shards
 
 
@@ -22,7 +23,8 @@ class PartitionConfig:
     """How rows are dealt to clients; each partitioner reads the values it needs, and all values are checked.
 
     Attributes:
-        partitioner: `skewed-shards`, `iid`, `dirichlet`, `shard` or `natural-id` (each task one client).
+        partitioner: `skewed-shards`, `iid`, `dirichlet`, `shard` or `natural-id` (each task one client); `own-rows`
+            if nothing is dealt, because each client has its own.
         num_clients: Number of clients, at least 1.
         seed: Seed of the split, at least 0.
         skew: `skewed-shards`: size of a task's large shard over that of another one, at least 1 (paper: 15).
@@ -41,8 +43,8 @@ class PartitionConfig:
     shards_per_client: int
 
     def __post_init__(self) -> None:
-        if self.partitioner not in PARTITIONERS:
-            known = ", ".join(PARTITIONERS)
+        if self.partitioner not in (*PARTITIONERS, OWN_ROWS):
+            known = ", ".join((*PARTITIONERS, OWN_ROWS))
             raise ValueError(f"Unknown partitioner '{self.partitioner}'; choose one of: {known}.")
         if self.num_clients < 1:
             raise ValueError(f"num-clients is {self.num_clients}, but it must be at least 1.")

@@ -16,16 +16,8 @@ from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from mops_fl.errors import InputError, RunError
-from mops_fl.payload import (
-    ARRAYS,
-    METRICS,
-    ReplyLimits,
-    TrainResult,
-    check_result,
-    encode_request,
-    encode_result,
-    from_record,
-)
+from mops_fl.payload import ARRAYS, METRICS, TrainResult, encode_request, encode_result, from_record
+from mops_fl.reply_check import ReplyLimits, check_result
 from strategies.aggregation import Aggregate
 from strategies.sampling import ClientSampler
 from strategies.screening import overlong_updates

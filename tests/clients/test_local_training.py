@@ -15,7 +15,8 @@ from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
 from mops_fl.methods import METHODS
 from mops_fl.model import PromptedModel, RowLosses
-from mops_fl.payload import ClientInfo, ReplyLimits, encode_result, from_record, to_record
+from mops_fl.payload import ClientInfo, encode_result, from_record, to_record
+from mops_fl.reply_check import ReplyLimits
 from mops_fl.state_cache import StateCache
 from mops_fl.weights import AdaptedModel, initial_weights
 from strategies.aggregation import AggregationConfig, build_aggregate

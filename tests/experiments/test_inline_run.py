@@ -147,8 +147,8 @@ def test_fedprompt_trains_prompts_and_no_gate(complete, run_config, tmp_path):
 def test_failing_client_is_left_out_counted_and_shown_once(run_config, tmp_path, monkeypatch, capsys):
     connect = client_app.connect
 
-    def failing(values):
-        trainer = connect(values)
+    def failing(*arguments):
+        trainer = connect(*arguments)
 
         def train(partition_id, request):
             if partition_id == min(request.cohort.members):

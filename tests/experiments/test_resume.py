@@ -40,7 +40,7 @@ def measured(folder):
     return [
         (entry["round"], entry["client-steps"], entry["task"], entry["metric"], entry["value"])
         for entry in folder.metrics()
-        if entry["metric"] != "tokens-per-second"
+        if entry["metric"] not in ("tokens-per-second", "round-seconds")
     ]
 
 

@@ -20,7 +20,8 @@ def environment(tmp_path):
     home.mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FLWR_", "RAY_"))}
     kept["PATH"] = f"{BIN}{os.pathsep}{kept['PATH']}"  # `flwr run` starts others by name
-    return kept | {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "PYTHONPATH": str(tmp_path)}
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    return kept | {"FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "PYTHONPATH": path}
 
 
 @pytest.fixture

@@ -33,7 +33,8 @@ import json
 import numpy as np
 from flwr.serverapp import ServerApp
 from experiments.nodes import RollCall, find_clients
-from mops_fl.payload import ReplyLimits, to_record
+from mops_fl.payload import to_record
+from mops_fl.reply_check import ReplyLimits
 from strategies.aggregation import AggregationConfig, build_aggregate
 from strategies.fedprompt import Acceptance, FedPrompt
 from strategies.sampling import ClientSampler

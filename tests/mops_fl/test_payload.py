@@ -11,9 +11,7 @@ from mops_fl.errors import InputError
 from mops_fl.payload import (
     ClientInfo,
     Cohort,
-    ReplyLimits,
     TrainResult,
-    check_result,
     decode_info,
     decode_request,
     encode_info,
@@ -22,6 +20,7 @@ from mops_fl.payload import (
     from_record,
     to_record,
 )
+from mops_fl.reply_check import ReplyLimits, check_result
 
 # Subnormal, largest, smallest, negative zero and one third: any detour over text or float64 rounding would show.
 PROMPTS = np.array([[1e-45, 3.4028235e38, -1.1754944e-38], [-0.0, 1 / 3, 1.0]], np.float32)

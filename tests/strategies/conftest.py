@@ -10,7 +10,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
-from mops_fl.payload import ClientInfo, ReplyLimits, TrainResult, encode_result, to_record
+from mops_fl.payload import ClientInfo, TrainResult, encode_result, to_record
+from mops_fl.reply_check import ReplyLimits
 from strategies.aggregation import Aggregate, AggregationConfig, build_aggregate
 from strategies.fedprompt import Acceptance, FedPrompt, RoundReport
 from strategies.sampling import ClientSampler

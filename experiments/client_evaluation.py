@@ -1,0 +1,53 @@
+"""Perplexity where nobody has everyone's test rows: each client measures on rows it keeps back, and sums are added."""
+
+import logging
+from collections.abc import Iterable
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from mops_fl.errors import InputError
+from mops_fl.evaluation import Evaluation
+from mops_fl.payload import (
+    EvaluateRequest,
+    EvaluateResult,
+    decode_evaluate_result,
+    encode_evaluate_request,
+)
+from strategies.fedprompt import RoundError
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_on_clients(
+    grid: Grid, node_ids: Iterable[int], request: EvaluateRequest, *, num_experts: int, timeout_seconds: float
+) -> Evaluation:
+    """Ask all nodes and add their sums up; a node without a usable answer is left out, with a warning.
+
+    Args:
+        grid: the connection to the nodes.
+        node_ids: nodes that have rows.
+        request: what to measure.
+        num_experts: experts of the adapter's gate, 0 without one.
+        timeout_seconds: how long to wait for all of them.
+
+    Raises:
+        RoundError: there is no usable answer.
+    """
+    content = encode_evaluate_request(request)
+    questions = [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node_id) for node_id in node_ids]
+    results: dict[int, EvaluateResult] = {}
+    for reply in grid.send_and_receive(questions, timeout=timeout_seconds):
+        node_id = reply.metadata.src_node_id
+        try:
+            if reply.has_error():
+                raise InputError(reply.error.reason or f"error {reply.error.code}")
+            results[node_id] = decode_evaluate_result(reply.content, len(request.tasks), num_experts)
+        except InputError as error:
+            logger.warning("Node %d could not evaluate: %s", node_id, error)
+    if not results:
+        raise RoundError(f"None of {len(questions)} clients could evaluate; the warnings above say why.")
+    if missing := len(questions) - len(results):
+        logger.warning("The perplexity is that of %d clients; %d could not evaluate", len(results), missing)
+    # In one order, since a sum of floats depends on it.
+    return Evaluation.of_sums(request.tasks, [results[node_id] for node_id in sorted(results)])

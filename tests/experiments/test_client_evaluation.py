@@ -1,0 +1,175 @@
+import math
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from experiments import run as run_module
+from experiments.app_folder import AppFolder
+from experiments.central_run import run_centrally
+from experiments.client_evaluation import evaluate_on_clients
+from experiments.nodes import find_clients, with_own_rows
+from experiments.run_folder import RunFolder
+from experiments.runtimes import run_inline
+from mops_fl.data import DOLLY_TASKS
+from mops_fl.errors import InputError
+from mops_fl.evaluation import Evaluation
+from mops_fl.payload import (
+    METRICS,
+    ClientInfo,
+    EvaluateRequest,
+    EvaluateResult,
+    decode_evaluate_request,
+    encode_evaluate_request,
+    encode_evaluate_result,
+    encode_info,
+)
+from strategies.fedprompt import RoundError
+
+REQUEST = EvaluateRequest(("qa", "chat"), {"prompts": np.ones((2, 3), np.float32)}, {})
+# Two clients; the second has no row of the second task.
+HERE = EvaluateResult((6.0, 2.0), (3, 4), (2, 1), (1.5, 0.5, 0.25, 0.75))
+THERE = EvaluateResult((4.0, 0.0), (2, 0), (2, 0), (0.5, 1.5, 0.0, 0.0))
+
+
+@pytest.fixture(autouse=True)
+def _task_identity(monkeypatch):
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+class FakeGrid:
+    """Nodes with ready-made answers."""
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def get_node_ids(self):
+        return list(self.answers)
+
+    def send_and_receive(self, messages, *, timeout):
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = "1"
+            yield Message(self.answers[message.metadata.dst_node_id], reply_to=message)
+
+
+def ask(answers, num_experts=2):
+    return evaluate_on_clients(FakeGrid(answers), list(answers), REQUEST, num_experts=num_experts, timeout_seconds=1)
+
+
+def test_sums_of_all_clients_are_one_measurement():
+    measured = ask({7: encode_evaluate_result(HERE), 5: encode_evaluate_result(THERE)})
+    assert measured == Evaluation(
+        tasks=("qa", "chat"), loss_sum=(10.0, 2.0), num_tokens=(5, 4), gate=((0.5, 0.5), (0.25, 0.75))
+    )
+    assert measured.perplexity() == {"all": math.exp(12 / 9), "qa": math.exp(2), "chat": math.exp(0.5)}
+
+
+def test_client_without_a_usable_answer_is_left_out_with_a_warning(caplog):
+    broken = RecordDict({METRICS: MetricRecord({"loss-sum": [1.0]})})
+    measured = ask({5: encode_evaluate_result(THERE), 6: Error(2, "no rows"), 7: broken})
+    assert measured.loss_sum == (4.0, 0.0)
+    assert "Node 6 could not evaluate: no rows" in caplog.text
+    assert "Node 7 could not evaluate: The reply does not hold exactly the sums" in caplog.text
+    with pytest.raises(RoundError, match="None of 1 clients could evaluate"):
+        ask({6: Error(2, "no rows")})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("loss-sum", [1.0]),
+        ("loss-sum", [float("nan"), 1.0]),
+        ("num-tokens", [-1, 3]),
+        ("num-rows", 2),
+        ("gate-mass", []),
+    ],
+)
+def test_sums_that_are_none_are_refused(name, value, caplog):
+    content = encode_evaluate_result(HERE)
+    content.metric_records[METRICS][name] = value
+    with pytest.raises(RoundError):
+        ask({5: content})
+    assert f"Metric {name} is" in caplog.text
+
+
+def test_request_arrives_as_it_was_sent():
+    arrived = decode_evaluate_request(encode_evaluate_request(REQUEST))
+    assert arrived.tasks == REQUEST.tasks
+    assert (arrived.adapter["prompts"] == 1).all()
+    assert decode_evaluate_request(encode_evaluate_request(EvaluateRequest(("qa",), {}, {}))).adapter == {}
+
+
+def test_a_clients_sums_stand_at_the_tasks_that_were_asked_for():
+    own = Evaluation(("chat", "qa"), (2.0, 6.0), (4, 3), ((0.25, 0.75), (0.75, 0.25)))
+    assert own.sums(("qa", "other", "chat"), {"qa": 2, "chat": 1}) == EvaluateResult(
+        (6.0, 0.0, 2.0), (3, 0, 4), (2, 0, 1), (1.5, 0.5, 0.0, 0.0, 0.25, 0.75)
+    )
+
+
+def test_nodes_with_rows_of_their_own_are_numbered_by_node_id():
+    def own(**per_task):
+        return encode_info(ClientInfo(-1, sum(per_task.values()), "mine", per_task))
+
+    grid = FakeGrid({70: own(qa=3), 50: own(qa=1, chat=2)})
+    clients = find_clients(grid, 2, patience_seconds=0.1)
+    assert [(node, info.partition_id, info.num_examples) for node, info in clients.items()] == [(50, 0, 3), (70, 1, 3)]
+    assert clients[50].own_rows == {"qa": 1, "chat": 2}
+    with pytest.raises(InputError, match="2 SuperNodes with rows of their own are connected, but num-clients is 1"):
+        find_clients(grid, 1, patience_seconds=0.1)
+
+
+def test_task_that_the_server_does_not_know_is_refused(run_config):
+    from clients.trainer import Trainer
+
+    setting = Trainer(run_config({"partitioner": "own-rows", "num-clients": 2})).setting()
+    here = {50: ClientInfo(0, 2, "a", {"open_qa": 2}), 70: ClientInfo(1, 1, "b", {"brainstorming": 1})}
+    manifest = with_own_rows(setting, here).manifest
+    assert manifest["partitioner"] == "own-rows"
+    assert [client["per-task"]["open_qa"] for client in manifest["clients"]] == [2, 0]
+    assert [client["rows"] for client in manifest["clients"]] == [[], []]
+    with pytest.raises(InputError, match="Node 70 has rows of the task 'poetry', which is none of the server's"):
+        with_own_rows(setting, {**here, 70: ClientInfo(1, 1, "b", {"poetry": 1})})
+
+
+@pytest.fixture
+def values(run_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "write_report", lambda folder: folder.path / "report.html")
+
+    def make(**changes):
+        named = {name.replace("_", "-"): value for name, value in changes.items()}
+        return run_config({"output-dir": str(tmp_path / "run"), **named})
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["mops", "lora"])
+def test_simulated_clients_measure_on_rows_that_they_keep_back(values, tmp_path, method):
+    run_config = values(evaluate_on="clients", method=method)
+    run_inline(AppFolder.find("experiments.dolly"), run_config, catch_signals=lambda: None)
+    folder = RunFolder.open(tmp_path / "run")
+    summary = folder.summary or {}
+    assert summary["status"] == "complete"
+    for stage in ("perplexity_bare", "perplexity_before", "perplexity"):
+        assert set(summary[stage]) == {"all", *DOLLY_TASKS}
+    assert len({summary[stage]["all"] for stage in ("perplexity_bare", "perplexity_before", "perplexity")}) >= 2
+    gate = [line for line in folder.metrics() if line["metric"].startswith("gate-expert-")]
+    assert bool(gate) == (method == "mops")
+
+
+def test_simulation_has_no_rows_of_its_clients_own(values):
+    with pytest.raises(InputError, match="this SuperNode has none"):
+        run_inline(AppFolder.find("experiments.dolly"), values(partitioner="own-rows"), catch_signals=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"evaluate_on": "clients"}, "central training has none"),
+        ({"partitioner": "own-rows"}, "set central-rows to server"),
+    ],
+)
+def test_central_training_has_no_clients_to_ask(values, changes, complaint):
+    with pytest.raises(InputError, match=complaint):
+        run_centrally(AppFolder.find("experiments.dolly"), values(**changes), catch_signals=lambda: None)
