@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: install fetch dolly test test-slow lint check bench clean
+.PHONY: install fetch dolly test test-slow lint check bench docs clean
 
 install: .venv/installed
 
@@ -41,6 +41,10 @@ bench: fetch
 	for what in memory rounds; do \
 	  $(BIN)/python -m benchmarks.simulation_cost $$what --json runs/benchmarks/simulation_$$what.json || exit 1; done
 	$(BIN)/python -m benchmarks.table runs/benchmarks/*.json
+
+# API reference from the docstrings, into build/docs.
+docs: install
+	$(BIN)/python -W ignore -m pdoc --docformat google --output-directory build/docs mops_fl partitioning clients strategies experiments
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info

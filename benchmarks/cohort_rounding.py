@@ -37,7 +37,10 @@ def main() -> None:
     figures = []
     for dtype, quantization in (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8")):
         model = PromptedModel(
-            Backbone.load(BackboneConfig(BACKBONE, "none", quantization, dtype)), ADAPTER, prompts, StateCache(1 << 30)
+            Backbone.load(BackboneConfig(BACKBONE, "none", quantization, dtype, "backbone")),
+            ADAPTER,
+            prompts,
+            StateCache(1 << 30),
         )
         cohort: dict[str, list[float]] = {"prompts": [], "loss": []}
         threads: dict[str, list[float]] = {"prompts": [], "loss": []}

@@ -46,7 +46,10 @@ def main() -> None:
 
     prompts = torch.randn(NUM_PROMPTS, 576, generator=torch.Generator().manual_seed(0)) * 0.1
     model = PromptedModel(
-        Backbone.load(BackboneConfig(BACKBONE, "none", "none", "bfloat16")), ADAPTER, prompts, StateCache(1 << 30)
+        Backbone.load(BackboneConfig(BACKBONE, "none", "none", "bfloat16", "backbone")),
+        ADAPTER,
+        prompts,
+        StateCache(1 << 30),
     )
     state = initial_state(ADAPTER, prompts, torch.Generator().manual_seed(0))
     cases = {

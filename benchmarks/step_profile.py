@@ -31,7 +31,7 @@ def main() -> None:
     """Measure and report."""
     options = arguments(__doc__, repeats=5)
     torch.set_num_threads(1)
-    backbone = Backbone.load(BackboneConfig(BACKBONE, "none", "none", "bfloat16"))
+    backbone = Backbone.load(BackboneConfig(BACKBONE, "none", "none", "bfloat16", "backbone"))
     prompts = torch.randn(NUM_PROMPTS, backbone.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.1
     step = mops_step(PromptedModel(backbone, ADAPTER, prompts, StateCache(1 << 30)), prompts, 5)
     figures = shares(step, options.repeats)

@@ -81,7 +81,7 @@ def main() -> None:
 
 def our_cases(lanes: Lanes) -> dict[str, Case]:
     """MoPs steps on one resident model."""
-    backbone = Backbone.load(BackboneConfig(BACKBONE, "none", "none", "bfloat16"))
+    backbone = Backbone.load(BackboneConfig(BACKBONE, "none", "none", "bfloat16", "backbone"))
     prompts = torch.randn(NUM_PROMPTS, backbone.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.1
     layers, head = backbone.model.model.layers, backbone.model.lm_head
     upper = gigaflop(layers[ADAPTER.inject_layer :], NUM_TOKENS + NUM_PROMPTS, 4) + gigaflop(head, NUM_RESPONSE, 4)

@@ -80,6 +80,8 @@ class ClientConfig:
             raise InputError(str(error)) from error
         if config.adapter.prompt_init == "transformed" and not config.pretrain.input_prompts:
             raise InputError("`prompt-init` is 'transformed', but `input-prompts` is false; change one of them.")
+        if config.adapter.routing == "nearest" and not config.data.server_rows:
+            raise InputError("`routing` is 'nearest', but `server-rows` is 0; give the server rows to route by.")
         return config
 
     @staticmethod

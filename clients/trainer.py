@@ -44,7 +44,8 @@ class Start:
 
     Attributes:
         adapter: the initial adapter, name -> float32.
-        frozen: the input prompts P1 under their wire name.
+        frozen: what else is sent, under its wire names: the input prompts P1, and what rows are routed by where no
+            gate does it.
         gate_accuracy: see `mops_fl.pretraining.Pretrained`.
     """
 
@@ -58,7 +59,8 @@ class Setting:
     """Facts about data and model that only the trainer knows.
 
     Attributes:
-        tasks: task names.
+        tasks: task names, those held out last.
+        trained_tasks: the first of them, those not held out.
         data_description: where the rows come from.
         data_is_sample: whether they are the bundled sample.
         rows: number of rows per part: train, test, server, truncated (of the first three).
@@ -71,6 +73,7 @@ class Setting:
     """
 
     tasks: tuple[str, ...]
+    trained_tasks: tuple[str, ...]
     data_description: str
     data_is_sample: bool
     rows: Mapping[str, int]
@@ -127,7 +130,8 @@ class Trainer:
             backbone, rows, self._config.adapter, self._config.pretrain, generator, self._lanes.map
         )
         adapter = {name: tensor.numpy() for name, tensor in start.adapter.items()}
-        return Start(adapter, {INPUT_PROMPTS: start.input_prompts.numpy()}, start.gate_accuracy)
+        frozen = {INPUT_PROMPTS: start.input_prompts, **(start.neighbours.to_frozen() if start.neighbours else {})}
+        return Start(adapter, {name: tensor.numpy() for name, tensor in frozen.items()}, start.gate_accuracy)
 
     def evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
         """Measure an adapter on the test rows."""
@@ -147,8 +151,7 @@ class Trainer:
         Raises:
             InputError: the client has no rows.
         """
-        inputs = {**request.adapter, INPUT_PROMPTS: request.input_prompts}
-        key = (request.server_round, request.cohort, _digest(inputs))
+        key = (request.server_round, request.cohort, _digest({**request.adapter, **request.frozen}))
         with self._lock:
             if key not in self._cohorts:
                 current = {k: f for k, f in self._cohorts.items() if k[0] == request.server_round}
@@ -222,6 +225,7 @@ class Trainer:
         train, test, server = (self._encode(part) for part in (data.train, data.test, data.server))
         return Setting(
             tasks=data.tasks,
+            trained_tasks=data.trained_tasks,
             data_description=data.description,
             data_is_sample=data.is_sample,
             rows={
@@ -240,7 +244,7 @@ class Trainer:
 
     def _train_cohort(self, request: TrainRequest) -> dict[int, TrainResult]:
         with self._lock:
-            model = self._adaptable_model({INPUT_PROMPTS: request.input_prompts})
+            model = self._adaptable_model(request.frozen)
             clients = {
                 partition_id: ClientRows(
                     self._encode([self._data.train[index] for index in rows]),
@@ -263,13 +267,13 @@ class Trainer:
         return self._rows_per_client[partition_id]
 
     def _adaptable_model(self, frozen: Arrays) -> AdaptableModel:
-        """The model with these input prompts; its cached states live as long as the prompts stay the same."""
+        """The model with what the server froze; its cached states live as long as that stays the same."""
         digest = _digest(frozen)
         if self._model is None or self._model[0] != digest:
             config = self._config.trainer
             cache = StateCache(config.cache_megabytes << 20, config.cache_file_megabytes << 20)
-            prompts = _tensors(frozen)[INPUT_PROMPTS]
-            self._model = (digest, self._method.model(self._backbone, self._config.adapter, prompts, cache))
+            model = self._method.model(self._backbone, self._config.adapter, _tensors(frozen), cache)
+            self._model = (digest, model)
         return self._model[1]
 
 

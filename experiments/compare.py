@@ -12,7 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from experiments.plots import differing_keys, plot_comparison, readable, run_labels
+from experiments.drawing import readable
+from experiments.plots import differing_keys, plot_comparison, run_labels
 from experiments.report import (
     NOTHING,
     bytes_text,

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from experiments.adapter_options import adapter_options, load_model
-from experiments.plots import readable
+from experiments.drawing import readable
 from experiments.report import NOTHING, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder
 from mops_fl.config import DataConfig, read_section, require_at_least

@@ -9,8 +9,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.drawing import DPI, STYLE, readable
 from experiments.evaluate_command import run_rows
-from experiments.plots import DPI, STYLE, gate_maps, readable, write_cells
+from experiments.plots import gate_maps, write_cells
 from experiments.report import PerplexityRow, perplexity_rows, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder, task_names
 from mops_fl.data import Row, read_dolly, spread_rows
@@ -73,7 +74,7 @@ def perplexity_table(runs: Sequence[RunFolder], labels: Sequence[str]) -> str:
 
 
 def example_rows(run: RunFolder) -> tuple[Row, ...]:
-    """A row for each of the run's tasks: of the bundled sample, or else, where they are on this machine, its test rows."""
+    """A row for each of the run's tasks, of the bundled sample or else, if they are on this machine, its test rows."""
     tasks = task_names(run.metrics())
     rows = [row for row in read_dolly(sample_path()) if row.task in tasks]
     if rows:

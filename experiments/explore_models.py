@@ -13,7 +13,6 @@ from experiments.plots import run_labels
 from experiments.run_folder import RunFolder
 from mops_fl.adapter_folder import RUN_ADAPTER, AdapterDescription, SavedAdapter, load_adapter
 from mops_fl.errors import InputError
-from mops_fl.payload import INPUT_PROMPTS
 from mops_fl.weights import initial_weights
 
 if TYPE_CHECKING:
@@ -68,17 +67,18 @@ def bare_model(model: MopsModel) -> MopsModel:
     """The backbone of `model` under LoRA that was never trained, which adds exactly zero to what it computes."""
     description = replace(model.description, adapter=replace(model.description.adapter, method="lora"), experts=())
     arrays = initial_weights(model.backbone, description.adapter, torch.Generator())
-    arrays[INPUT_PROMPTS] = torch.zeros(0, model.backbone.hidden_size)
     saved = SavedAdapter(description, {name: array.numpy() for name, array in arrays.items()}, card="")
     return type(model)(model.backbone, saved)
 
 
-def _backbone_key(description: AdapterDescription) -> tuple[str, str]:
-    return description.backbone_sha256, description.backbone.quantization
+def _backbone_key(description: AdapterDescription) -> tuple[str, ...]:
+    backbone = description.backbone
+    return description.backbone_sha256, backbone.quantization, backbone.gate_embedding
 
 
 def _backbone_text(description: AdapterDescription) -> str:
     backbone = description.backbone
     changes = [change for change in (backbone.compression, backbone.quantization) if change != "none"]
+    looks_at = f"gate looks at {backbone.gate_embedding}"
     sha256 = f"weights of SHA-256 {description.backbone_sha256[:12]}"
-    return f"{Path(backbone.backbone).name} ({', '.join([*changes, sha256])})"
+    return f"{Path(backbone.backbone).name} ({', '.join([*changes, looks_at, sha256])})"

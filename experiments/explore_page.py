@@ -13,32 +13,33 @@ from matplotlib.figure import Figure
 
 from experiments.adapter_options import read_generation_options
 from experiments.compare import fairness_warning
+from experiments.drawing import readable
 from experiments.explore_answers import Answerer
 from experiments.explore_figures import draw_gate, example_rows, perplexity_table
 from experiments.explore_models import Exhibit
-from experiments.plots import readable
 from experiments.report import REPORT
 from mops_fl.errors import InputError
 
 WRITING = "writing …"
 # Names that every system has a font for: the page asks nobody for one.
-THEME_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+FONTS, MONOSPACE_FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 CSS = """
 .gradio-container {max-width: min(1320px, 100vw) !important; margin: 0 auto !important}
 .note {min-height: 1.6em; opacity: .65; font-size: .9em}
 .wide {overflow-x: auto !important}
 .wide img {width: 100%; min-width: 640px}
+.wide :is(th, td) {white-space: nowrap}
 #perplexity table {width: 100%; min-width: 480px; font-variant-numeric: tabular-nums}
 #perplexity :is(table, thead, tbody, tr, th, td) {border: 0}
 #perplexity :is(th, td) {border-bottom: 1px solid var(--border-color-primary); padding: .35em .8em}
 #perplexity :is(th, td):not(:first-child) {text-align: right}
-#perplexity tr:last-child td {border-bottom: 0; font-weight: 600}
+#perplexity tr:last-child td {border-bottom: 0}
 """
 
 
 def theme() -> gr.themes.Base:
     """Calm colours and the system's own fonts."""
-    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", **THEME_FONTS)
+    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONOSPACE_FONTS)
 
 
 def build_page(exhibits: Sequence[Exhibit], answerer: Answerer) -> gr.Blocks:
@@ -57,14 +58,14 @@ def build_page(exhibits: Sequence[Exhibit], answerer: Answerer) -> gr.Blocks:
 
         def answer(instruction: str, context: str, *values: float) -> Iterator[dict[Any, Any]]:
             """Gates first, then the answers as they grow."""
-            if not instruction.strip():
+            question = instruction.strip(), context.strip()
+            if not question[0]:
                 raise gr.Error("Type an instruction first.", title="Nothing to answer", print_exception=False)
             generation = _generation_options(*values)
             try:
-                yield {part: "" for part in (*texts, *notes)} | _gate_updates(
-                    exhibits, gates, answerer.gate_scores(instruction.strip(), context.strip())
-                )
-                for place, text, note in answerer.stream(instruction.strip(), context.strip(), generation):
+                scores = answerer.gate_scores(*question)
+                yield dict.fromkeys((*texts, *notes), "") | _gate_updates(exhibits, gates, scores)
+                for place, text, note in answerer.stream(*question, generation):
                     yield {texts[place]: text, notes[place]: note or WRITING}
             except InputError as error:
                 raise gr.Error(str(error), title="Not answered", print_exception=False) from error
@@ -88,8 +89,8 @@ def _heading(exhibits: Sequence[Exhibit]) -> str:
     *others, last = (exhibit.label for exhibit in exhibits)
     return (
         f"# Ask the {', '.join(others)} and {last}\n\n"
-        f"One question, answers side by side, one model after the other. All answer from one frozen copy of {name} ({dtype} on {model.device.type}); "
-        "nothing leaves this machine."
+        f"One question, answers side by side, one model after the other. All share one frozen {name} "
+        f"({dtype} on {model.device.type}); nothing leaves this machine."
     )
 
 
@@ -124,7 +125,7 @@ def _answers(exhibits: Sequence[Exhibit]) -> tuple[list[Any], list[Any]]:
     with gr.Row(equal_height=True):
         for exhibit in exhibits:
             with gr.Column(min_width=280):
-                texts.append(gr.Textbox(label=exhibit.label, lines=9, max_lines=18, interactive=False,
+                texts.append(gr.Textbox(label=exhibit.label, lines=7, max_lines=18, interactive=False,
                                         buttons=["copy"], elem_classes="answer"))  # fmt: skip
                 notes.append(gr.Markdown(elem_classes="note"))
     return texts, notes
@@ -136,7 +137,11 @@ def _gates(exhibits: Sequence[Exhibit]) -> dict[int, tuple[Any, Any]]:
     for place, (label, model, run) in enumerate(exhibits):
         names = model.description.expert_names
         if run and names:
-            gr.Markdown(f"## What the gate of {label} does")
+            gr.Markdown(
+                f"## What the gate of {label} does\n\n"
+                "The bars say how much each expert counts for this input. The map shows the same, framed, beside the "
+                "means over the test rows of each task when the run was last evaluated."
+            )
             with gr.Row():
                 bars = gr.Label(label="weights of the experts for this input", show_label=False, scale=2,
                                 num_top_classes=len(names), show_heading=False, min_width=300)  # fmt: skip
@@ -154,7 +159,8 @@ def _gate_updates(
     for place, (bars, heat_map) in gates.items():
         names, run = exhibits[place].model.description.expert_names, exhibits[place].run
         own = scores[place]
-        assert run is not None and own is not None
+        if run is None or own is None:
+            continue
         updates[bars] = {readable(name): score for name, score in zip(names, own, strict=True)}
         updates[heat_map] = _image(draw_gate(run, names, own))
     return updates

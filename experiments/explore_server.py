@@ -57,7 +57,9 @@ def listen(port: int) -> socket.socket:
         listener.bind((LOOPBACK, port))
     except OSError as error:
         listener.close()
-        raise InputError(f"Port {port} cannot be used ({error.strerror}); give another, or 0 for any free one.") from error
+        raise InputError(
+            f"Port {port} cannot be used ({error.strerror}); give another, or 0 for any free one."
+        ) from error
     return listener
 
 

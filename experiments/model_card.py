@@ -7,7 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.plots import gate_maps, method_name, readable
+from experiments.drawing import method_name, readable
+from experiments.plots import gate_maps
 from experiments.report import TEMPLATES, backbone_name, percent_text, perplexity_rows, perplexity_text
 from experiments.run_folder import RunFolder, task_names
 from mops_fl.adapter_folder import AdapterDescription

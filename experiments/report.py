@@ -1,8 +1,7 @@
-"""`mops-fl report`: a run folder as one HTML file that opens offline, and its perplexities as a table."""
+"""A run folder as one HTML file that opens offline, and its perplexities as a table."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import math
 import shlex
@@ -14,7 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
-from experiments.plots import method_name, plot_gate, plot_partition, plot_perplexity, readable
+from experiments.drawing import method_name, readable
+from experiments.plots import plot_drift, plot_gate, plot_partition, plot_perplexity
 from experiments.run_folder import ALL_TASKS, RunFolder
 
 REPORT = "report.html"
@@ -42,28 +42,6 @@ class PerplexityRow(NamedTuple):
         if self.before is None or self.after is None:
             return None
         return 100 * (self.after - self.before) / self.before
-
-
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `report` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("report", help="make a run's plots and report.html again from its folder")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder that a run has left")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write the report of every folder in `args.runs` and print where.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        InputError: If one is no run folder, or a file in it is corrupt.
-    """
-    console = Console()
-    for folder in [RunFolder.open(path) for path in args.runs]:
-        console.print(str(write_report(folder)), markup=False, highlight=False, soft_wrap=True)
-    return 0
 
 
 def write_report(run: RunFolder) -> Path:
@@ -154,7 +132,7 @@ def _contents(run: RunFolder) -> dict[str, Any]:
     """Everything the template shows."""
     summary = run.results()
     rows = perplexity_rows(summary)
-    plots = {"perplexity": plot_perplexity, "gate": plot_gate, "partition": plot_partition}
+    plots = {"perplexity": plot_perplexity, "gate": plot_gate, "drift": plot_drift, "partition": plot_partition}
     paths = {name: run.path / f"{name}.png" for name in plots}
     return {
         "method": method_name(summary),

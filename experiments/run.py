@@ -183,6 +183,7 @@ class Run(ABC):
                 "dataset": client.data.dataset,
                 "data_description": self._setting.data_description,
                 "data_is_sample": self._setting.data_is_sample,
+                "held_out_tasks": list(self._setting.tasks[len(self._setting.trained_tasks) :]),
                 "truncated_rows": self._setting.rows["truncated"],
                 "seed": client.partition.seed,
                 "rounds": progress.rounds_done,
@@ -209,9 +210,10 @@ class Run(ABC):
     def _experts(self) -> tuple[tuple[str, ...], ...]:
         """The tasks each expert was pretrained for; empty where no gate was."""
         adapter = self._config.client.adapter
-        if not METHODS[adapter.method].gated or not self._config.client.pretrain.gate_epochs:
+        learnt = adapter.routing == "nearest" or self._config.client.pretrain.gate_epochs
+        if not METHODS[adapter.method].gated or not learnt:
             return ()
-        tasks, num_experts = self._setting.tasks, adapter.num_experts
+        tasks, num_experts = self._setting.trained_tasks, adapter.num_experts
         return tuple(tasks[expert::num_experts] for expert in range(num_experts))
 
 

@@ -1,6 +1,7 @@
 """A sweep: the rows x methods x seeds that one TOML file names, each a run folder of its own.
 
     title = "..."                             # of the table
+    folder = "dolly_studies"                  # below runs/, for the run folders; sweeps may share one, and so runs
     app = "experiments.dolly"                 # whose values are changed
     seeds = [0, 1, 2]
     [values]                                  # of every run, such as: num-server-rounds = 10
@@ -87,7 +88,9 @@ class Sweep:
     """What a sweep file says.
 
     Attributes:
+        name: of its file.
         title: of its table.
+        output: the folder that its run folders lie in.
         app: whose runs these are.
         rows: their names, in order.
         methods: their names, in order.
@@ -95,7 +98,9 @@ class Sweep:
         paper: row -> method -> the paper's figure.
     """
 
+    name: str
     title: str
+    output: Path
     app: str
     rows: tuple[str, ...]
     methods: tuple[str, ...]
@@ -107,12 +112,12 @@ class Sweep:
         return [run for run in self.runs if (run.row, run.method) == (row, method)]
 
 
-def read_sweep(path: Path, output: Path) -> Sweep:
+def read_sweep(path: Path, output: Path | None) -> Sweep:
     """Read a sweep file and check every value of every run.
 
     Args:
         path: the TOML file.
-        output: the folder that the run folders lie in.
+        output: the folder that the run folders lie in; None for the file's own.
 
     Raises:
         InputError: it cannot be read, names something that is not known, or a run's config is not valid.
@@ -121,10 +126,11 @@ def read_sweep(path: Path, output: Path) -> Sweep:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         title, app_name, seeds = content.pop("title"), content.pop("app"), content.pop("seeds")
         common, rows, methods = content.pop("values"), content.pop("rows"), content.pop("methods")
-        paper = content.pop("paper", {})
+        paper, output = content.pop("paper", {}), output or Path("runs") / content.pop("folder")
+        content.pop("folder", None)
     except KeyError as error:
         raise InputError(
-            f"{path} has no {error}; a sweep needs title, app, seeds, values, rows and methods."
+            f"{path} has no {error}; a sweep needs title, folder, app, seeds, values, rows and methods."
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"The sweep {path} cannot be read ({error}).") from error
@@ -147,7 +153,7 @@ def read_sweep(path: Path, output: Path) -> Sweep:
         runs.append(Planned(row, method, seed, training, values))
     if len({run.folder for run in runs}) < len(runs):
         raise InputError(f"{path} has two rows, methods or seeds of the same name but for signs; rename one.")
-    return Sweep(title, app_name, tuple(rows), tuple(methods), tuple(runs), paper)
+    return Sweep(path.stem, title, output, app_name, tuple(rows), tuple(methods), tuple(runs), paper)
 
 
 def _check_paper(path: Path, paper: Mapping[str, Any], rows: Mapping[str, Any], methods: Mapping[str, Any]) -> None:

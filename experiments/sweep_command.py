@@ -20,11 +20,10 @@ from experiments.run_folder import ALL_TASKS
 from experiments.runtimes import Backend, run_inline
 from experiments.simulation import run_app
 from experiments.sweep import Planned, Sweep, read_sweep
-from experiments.sweep_table import sweep_markdown
+from experiments.sweep_table import write_sweep_report
 from mops_fl.errors import InputError
 
 BACKENDS: dict[str, Backend] = {"federated": run_inline, "central": run_centrally}
-TABLE = "table.md"
 # Exit codes from here on are a signal's.
 SIGNALLED = 128
 
@@ -34,16 +33,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser("sweep", help="run the rows x methods x seeds of a TOML file, and make its table")
     parser.add_argument("file", type=Path, metavar="FILE", help="such as experiments/tables/dolly_federated.toml")
     parser.add_argument("--data", type=Path, metavar="PATH", help="as for flower-simulation")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="of the run folders (default: runs/<name of FILE>)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="of the run folders (default: as FILE says)")
     parser.add_argument(
         "--only", metavar="PATTERN", default="*", help="runs whose folder's name matches, such as '75-*-seed0'"
     )
-    parser.add_argument("--table", action="store_true", help="run nothing, make the table of what is there")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is missing, one after the other, and write the table.
+    """Run what is missing, one after the other, and write tables and curves.
 
     Returns:
         0; 1 if a run failed; 128 and the signal's number if interrupted.
@@ -51,18 +49,15 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: the file is not a sweep, a run's values are not valid, or a folder holds another run.
     """
-    output = args.output or Path("runs") / args.file.stem
-    sweep = read_sweep(args.file, output)
+    sweep = read_sweep(args.file, args.output)
     chosen = [one for one in sweep.runs if fnmatch(one.folder.name, args.only)]
     if not chosen:
         names = ", ".join(one.folder.name for one in sweep.runs)
         raise InputError(f"No run of the sweep matches {args.only!r}; there are: {names}.")
     states = {one.folder: one.status() for one in sweep.runs}
-    code = 0 if args.table else _run_all(sweep, chosen, states, args.data)
+    code = _run_all(sweep, chosen, states, args.data)
     if any(state == "complete" for state in states.values()):
-        table = sweep_markdown(sweep)
-        (output / TABLE).write_text(table, encoding="utf-8")
-        print(table + f"\nwritten: {output / TABLE}")
+        print(write_sweep_report(sweep) + f"\nwritten: {sweep.output / sweep.name}.md")
     return code
 
 

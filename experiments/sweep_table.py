@@ -1,18 +1,33 @@
-"""What a sweep came to: perplexity over seeds beside the paper's, gains, and what reaching the first method cost."""
+"""What a sweep came to: perplexity beside the paper's, gains, what reaching the first method cost, curves."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.compare import gain_percent
 from experiments.report import NOTHING, bytes_text, percent_text, perplexity_text, seconds_text
 from experiments.run_folder import ALL_TASKS, RunFolder
 from experiments.sweep import Planned, Sweep
+from experiments.sweep_plot import plot_sweep
 
 
-def sweep_markdown(sweep: Sweep) -> str:
-    """The tables of a sweep, of the runs that are complete."""
+def write_sweep_report(sweep: Sweep) -> str:
+    """Write a sweep's tables and curves beside its run folders, from those that are complete.
+
+    Returns:
+        The text of the tables, Markdown.
+    """
     finished = {(row, method): _finished(sweep.of(row, method)) for row in sweep.rows for method in sweep.methods}
+    sweep.output.mkdir(parents=True, exist_ok=True)
+    text = sweep_markdown(sweep, finished)
+    if plot_sweep(finished, sweep.output / f"{sweep.name}.png"):
+        text += f"\n![Test perplexity over client steps]({sweep.name}.png)\n"
+    (sweep.output / f"{sweep.name}.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def sweep_markdown(sweep: Sweep, finished: Mapping[tuple[str, str], Sequence[RunFolder]]) -> str:
+    """The tables of a sweep, given the complete runs of each row and method."""
     first = sweep.methods[0]
     lines = [f"## {sweep.title}", "", _perplexity_note(sweep), ""]
     gains = [f"{method} against {first}" for method in sweep.methods[1:]]

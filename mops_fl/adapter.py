@@ -44,10 +44,14 @@ class Gate(nn.Module):
         Returns:
             `(R, E)`; their softmax is the gate's scores.
         """
-        x = nn.functional.rms_norm(pooled, pooled.shape[-1:]).unflatten(0, (len(self.w1), -1))  # (J, B, D)
-        hidden = (x @ self.w1.mT + self.b1[:, None]).relu()
-        logits: Tensor = hidden @ self.w2.mT + self.b2[:, None]  # (J, B, E)
+        logits: Tensor = self.hidden(pooled) @ self.w2.mT + self.b2[:, None]  # (J, B, E)
         return logits.flatten(0, 1)
+
+    def hidden(self, pooled: Tensor) -> Tensor:
+        """The hidden layer `(J, B, G)` of rows `(R, D)`."""
+        x = nn.functional.rms_norm(pooled, pooled.shape[-1:]).unflatten(0, (len(self.w1), -1))  # (J, B, D)
+        hidden: Tensor = (x @ self.w1.mT + self.b1[:, None]).relu()
+        return hidden
 
 
 class Adapter(nn.Module):
@@ -82,21 +86,26 @@ class PromptAdapter(Adapter):
         self.prompts = _stacked(states, "prompts")
         self.gate = Gate(states) if "gate.w1" in states[0] else None
 
-    def scores(self, pooled: Tensor) -> Tensor | None:
+    def scores(self, pooled: Tensor, temperature: float = 1.0) -> Tensor | None:
         """The gate's scores `(R, E)` of rows pooled to `(R, D)`, each summing to one; None without a gate."""
-        return None if self.gate is None else self.gate(pooled).softmax(-1)
+        return None if self.gate is None else (self.gate(pooled) / temperature).softmax(-1)
 
     def prompts_of_rows(self, num_rows: int) -> Tensor:
         """The prompts `(R, K, D)` that belong before each of `R` rows."""
         return self.prompts.repeat_interleave(num_rows // len(self.prompts), dim=0)
 
 
-def initial_state(config: AdapterConfig, prompts: Tensor, generator: torch.Generator) -> AdapterState:
-    """A fresh adapter around given initial prompts `(K, D)`; gate weights are drawn, their output starts near flat."""
+def initial_state(
+    config: AdapterConfig, prompts: Tensor, generator: torch.Generator, gate_input_size: int | None = None
+) -> AdapterState:
+    """A fresh adapter around given initial prompts `(K, D)`; gate weights are drawn, their output starts near flat.
+
+    `gate_input_size` is for a gate that looks at something else than hidden states `(D,)`.
+    """
     state = {"prompts": prompts.float().clone()}
-    if GATED[config.method]:
-        hidden_size, width, experts = prompts.shape[1], config.gate_width, config.num_experts
-        state["gate.w1"] = torch.randn(width, hidden_size, generator=generator) / math.sqrt(hidden_size)
+    if GATED[config.method] and config.routing == "gate":
+        input_size, width, experts = gate_input_size or prompts.shape[1], config.gate_width, config.num_experts
+        state["gate.w1"] = torch.randn(width, input_size, generator=generator) / math.sqrt(input_size)
         state["gate.b1"] = torch.zeros(width)
         state["gate.w2"] = torch.randn(experts, width, generator=generator) * 0.1 / math.sqrt(width)
         state["gate.b2"] = torch.zeros(experts)

@@ -15,7 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from mops_fl.attention import PACKED_ATTENTION, visibility
 from mops_fl.compressed import resolve_model
-from mops_fl.config import BackboneConfig
+from mops_fl.config import OWN_EMBEDDING, BackboneConfig
+from mops_fl.embedder import TextEmbedder
 from mops_fl.errors import InputError
 from mops_fl.head_loss import head_nll
 
@@ -62,10 +63,15 @@ class Backbone:
         dtype: the dtype of hidden states.
         device: where it lives.
         source: what it was loaded as; None for a model that was made in memory.
+        embedder: another network that embeds questions for the gate; None: the gate looks at hidden states.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: BackboneConfig | None = None
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        source: BackboneConfig | None = None,
+        embedder: TextEmbedder | None = None,
     ) -> None:
         """Freeze `model` and route its attention through `packed_attention`.
 
@@ -81,6 +87,7 @@ class Backbone:
         self.model: Any = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.source = source
+        self.embedder = embedder
         self._decoder = decoder
         self.num_layers: int = len(decoder.layers)
         self.hidden_size: int = decoder.embed_tokens.weight.shape[1]
@@ -101,6 +108,9 @@ class Backbone:
         """
         folder = resolve_model(config)
         where = resolve_device(device)
+        embedder = None
+        if config.gate_embedding != OWN_EMBEDDING:
+            embedder = TextEmbedder.load(config.gate_embedding, where)
         dtype = resolve_dtype(config.dtype, where)
         on_load = None
         if config.quantization != "none":
@@ -116,7 +126,7 @@ class Backbone:
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"The model in {folder} cannot be loaded ({error}); fetch or copy it again.") from error
-        backbone = cls(model, tokenizer, config)
+        backbone = cls(model, tokenizer, config, embedder)
         if config.quantization != "none" and where.type == "cpu":
             quantize_linears(backbone._decoder.layers, config.quantization)
         return backbone
@@ -126,6 +136,11 @@ class Backbone:
         """The `L` decoder layers."""
         layers: nn.ModuleList = self._decoder.layers
         return layers
+
+    @property
+    def gate_input_size(self) -> int:
+        """Numbers that the gate looks at: `D`, or those of the embedder."""
+        return self.embedder.size if self.embedder else self.hidden_size
 
     @property
     def embedding_weight(self) -> Tensor:

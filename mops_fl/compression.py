@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mops_fl.backbone import Backbone
 from mops_fl.compressed import COMPRESSION_RECEIPT, compressed_path, fingerprint, read_compression_receipt
-from mops_fl.config import BackboneConfig, DataConfig
+from mops_fl.config import OWN_EMBEDDING, BackboneConfig, DataConfig
 from mops_fl.data import Row, TaskData
 from mops_fl.encoding import EncodedRow, RowEncoder
 from mops_fl.errors import InputError
@@ -195,7 +195,9 @@ def _encode(tokenizer: Any, config: DataConfig, tasks: tuple[str, ...], rows: li
 
 def _perplexity(folder: Path, rows: list[EncodedRow], tasks: tuple[str, ...]) -> float:
     """Of the model in `folder` without prompts, in the dtype that runs take on this machine."""
-    backbone = Backbone.load(BackboneConfig(str(folder), compression="none", quantization="none", dtype="auto"))
+    backbone = Backbone.load(
+        BackboneConfig(str(folder), compression="none", quantization="none", dtype="auto", gate_embedding=OWN_EMBEDDING)
+    )
     return evaluate_bare(backbone, rows, tasks).perplexity()["all"]
 
 

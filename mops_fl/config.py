@@ -13,6 +13,8 @@ from mops_fl.errors import InputError
 from mops_fl.recipe import PruningRecipe
 
 DATASETS = ("dolly", "super-ni")
+# The value of `gate-embedding` that names no other model.
+OWN_EMBEDDING = "backbone"
 
 Scalar = bool | int | float | str
 Section = TypeVar("Section")
@@ -28,12 +30,15 @@ class BackboneConfig:
             carried out.
         quantization: `none`, `int8` (LLM.int8) or `nf4` (4-bit NormalFloat), of the decoder layers' matrices.
         dtype: `bfloat16`, `float32`, or `auto`: bfloat16 where the processor multiplies it natively.
+        gate_embedding: what the gate, or the routing by neighbours, looks at: the `backbone`'s own hidden states, or
+            the embedding that another model gives the question: a Hugging Face id or local folder.
     """
 
     backbone: str
     compression: str
     quantization: str
     dtype: str
+    gate_embedding: str
 
     def __post_init__(self) -> None:
         if self.compression != "none":
@@ -52,6 +57,7 @@ class DataConfig:
             super-ni: a checkout or a folder of task files; empty: `MOPS_SUPER_NI` or the fetched copy.
         tasks: comma-separated names or patterns of the tasks used, see `mops_fl.task_choice`; empty: the paper's
             seven, and of task files that are others, all.
+        held_out_tasks: those of them, named likewise, that nobody trains on; they are tested all the same.
         data_seed: seed of the draw and of the split, kept apart from `seed` so that runs of several seeds are
             measured on the same test rows.
         num_rows: rows of the protocol, train and test together (paper: 5,000).
@@ -64,6 +70,7 @@ class DataConfig:
     dataset: str
     data_path: str
     tasks: str
+    held_out_tasks: str
     data_seed: int
     num_rows: int
     test_fraction: float
@@ -94,7 +101,11 @@ class AdapterConfig:
         pooling: gate input is the mean over the `question` (instruction and context) or over `all` positions.
         prompt_init: `random`, `vocabulary` (embeddings of sampled tokens) or `transformed` (the input prompts as
             they arrive at layer `m`).
+        routing: the experts of a row are weighed by the trained `gate` (paper), or are those of the `nearest` of the
+            server's rows.
         gate_width: hidden size of the gate.
+        gate_temperature: the gate's logits are divided by it once the gate is pretrained (paper: 1); above 1 the
+            scores of experts are more alike.
         lora_rank: `r` of LoRA's matrices.
         lora_alpha: LoRA's change is scaled by this over the rank.
     """
@@ -106,7 +117,9 @@ class AdapterConfig:
     gating: str
     pooling: str
     prompt_init: str
+    routing: str
     gate_width: int
+    gate_temperature: float
     lora_rank: int
     lora_alpha: float
 
@@ -117,7 +130,9 @@ class AdapterConfig:
         require_at_least("inject-layer", self.inject_layer, 0)
         require_at_least("num-experts", self.num_experts, 1)
         require_at_least("prompts-per-expert", self.prompts_per_expert, 1)
+        require_choice("routing", self.routing, ("gate", "nearest"))
         require_at_least("gate-width", self.gate_width, 1)
+        require_positive("gate-temperature", self.gate_temperature)
         require_at_least("lora-rank", self.lora_rank, 1)
         require_positive("lora-alpha", self.lora_alpha)
 

@@ -5,7 +5,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,11 @@ class TaskData:
     """The rows of an experiment; no row is in two of the three parts.
 
     Attributes:
-        tasks: task names; a row's label is its task's index here.
+        tasks: task names, those held out last; a row's label is its task's index here.
         train: rows dealt to the clients.
-        test: rows that measure.
+        test: rows that measure, those of held-out tasks too.
         server: rows the server holds for pretraining and calibration.
+        held_out: rows of held-out tasks that nobody has; empty if no task is held out.
         description: one line on where they come from, which tasks were chosen, and what they are short of.
         is_sample: they are the bundled sample, not a real data set.
     """
@@ -73,8 +74,14 @@ class TaskData:
     train: tuple[Row, ...]
     test: tuple[Row, ...]
     server: tuple[Row, ...]
+    held_out: tuple[Row, ...]
     description: str
     is_sample: bool
+
+    @property
+    def trained_tasks(self) -> tuple[str, ...]:
+        """The tasks that are not held out."""
+        return self.tasks[: len(self.tasks) - len({row.task for row in self.held_out})]
 
     def evaluation_rows(self, count: int) -> tuple[Row, ...]:
         """The first `count` test rows, spread evenly over the tasks; all of them for 0."""
@@ -106,7 +113,28 @@ def load_task_data(config: DataConfig) -> TaskData:
     train, test, server = draw_parts(rows, tasks, config)
     chosen = "" if tasks == DOLLY_TASKS else f", {len(tasks)} tasks ({list_tasks(tasks)})"
     description = f"{source.description}{chosen}{_shortfall(train + test, server, tasks, config)}"
-    return TaskData(tasks, train, test, server, description, source.is_sample)
+    data = TaskData(tasks, train, test, server, (), description, source.is_sample)
+    unseen = choose_tasks(config.held_out_tasks, tasks, "those chosen", key="held-out-tasks")
+    return hold_out(data, unseen) if unseen else data
+
+
+def hold_out(data: TaskData, unseen: tuple[str, ...]) -> TaskData:
+    """The same data with some tasks only tested; every row stays in the part that it was drawn for, or leaves it.
+
+    Raises:
+        InputError: no task would be left to train on.
+    """
+    seen = tuple(task for task in data.tasks if task not in unseen)
+    if not seen:
+        raise InputError("`held-out-tasks` names every task; leave at least one to train on.")
+    return replace(
+        data,
+        tasks=seen + unseen,
+        train=tuple(row for row in data.train if row.task in seen),
+        server=tuple(row for row in data.server if row.task in seen),
+        held_out=tuple(row for row in data.train + data.server if row.task in unseen),
+        description=f"{data.description}, held out from training: {list_tasks(unseen)}",
+    )
 
 
 def rows_of_tasks(files: Iterable[TaskFile]) -> Iterator[Row]:

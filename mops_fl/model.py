@@ -27,6 +27,7 @@ from mops_fl.backbone import Backbone, SharedPrefix
 from mops_fl.config import AdapterConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
+from mops_fl.routing import Neighbours
 from mops_fl.state_cache import RowStates, StateCache
 
 
@@ -126,8 +127,15 @@ class PromptedModel:
         transformed_prompts: `(K', D)` P1 as it arrives at layer `m`, in the backbone's dtype.
     """
 
-    def __init__(self, backbone: Backbone, config: AdapterConfig, input_prompts: Tensor, cache: StateCache) -> None:
-        """Check the layer and keep the parts.
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: AdapterConfig,
+        input_prompts: Tensor,
+        cache: StateCache,
+        neighbours: Neighbours | None = None,
+    ) -> None:
+        """Check the layer and keep the parts; rows are routed by `neighbours`, where given, instead of a gate.
 
         Raises:
             InputError: `inject-layer` is not a layer of this backbone.
@@ -138,6 +146,7 @@ class PromptedModel:
         self.input_prompts = input_prompts
         self._config = config
         self._cache = cache
+        self._neighbours = neighbours
         self._prefix: SharedPrefix | None = None
         self.transformed_prompts = self._run_input_prompts()
 
@@ -157,7 +166,7 @@ class PromptedModel:
     def losses(self, adapter: PromptAdapter, rows: Sequence[EncodedRow]) -> RowLosses:
         """Loss of each row under the adapter that owns it, see `AdaptableModel.losses`."""
         states = self.row_states(rows)
-        scores = adapter.scores(torch.stack([row.pooled for row in states]))
+        scores = self.scores(adapter, torch.stack([row.pooled for row in states]))
         prompts = adapter.prompts_of_rows(len(rows)).to(self.backbone.dtype)
         hidden, lengths = packed(prompts, [row.tokens for row in states])
         scale = None if scores is None else self._position_scale(scores, lengths)
@@ -172,6 +181,12 @@ class PromptedModel:
         )
         return RowLosses(*packed_losses(self.backbone, hidden, lengths, rows), scores)
 
+    def scores(self, adapter: PromptAdapter, pooled: Tensor) -> Tensor | None:
+        """Weights `(R, E)` of the experts for rows with gate inputs `(R, D)`; None where nothing weighs them."""
+        if self._neighbours is not None:
+            return self._neighbours.scores(pooled)
+        return adapter.scores(pooled, self._config.gate_temperature)
+
     def run_cached(
         self, adapter: PromptAdapter, token_ids: Tensor, kept: Tensor, cache: Cache, prompt_length: int
     ) -> Tensor:
@@ -181,7 +196,7 @@ class PromptedModel:
         upper_cache: Cache | GatedValues = cache
         scale = None
         if begins:
-            scores = adapter.scores(self._pool(hidden, kept, prompt_length))
+            scores = self.scores(adapter, self._gate_inputs(token_ids, hidden, kept, prompt_length))
             hidden = torch.cat([adapter.prompts_of_rows(len(hidden)).to(hidden.dtype), hidden], 1)
             if scores is not None:
                 scale = self._place_scale(scores, hidden.shape[1])
@@ -201,7 +216,7 @@ class PromptedModel:
     def gate_scores(self, adapter: PromptAdapter, token_ids: Tensor, kept: Tensor) -> Tensor | None:
         """The gate's scores, see `AdaptableModel.gate_scores`."""
         hidden = self._run_lower(token_ids, kept, DynamicCache(), begins=True)
-        return adapter.scores(self._pool(hidden, kept, token_ids.shape[1]))
+        return self.scores(adapter, self._gate_inputs(token_ids, hidden, kept, token_ids.shape[1]))
 
     def _run_lower(self, token_ids: Tensor, kept: Tensor, cache: Cache, begins: bool) -> Tensor:
         """Layer `m`'s input `(B, n, D)` at new tokens."""
@@ -211,13 +226,16 @@ class PromptedModel:
         kept = behind(len(self.input_prompts), kept)
         return self.backbone.run_cached(hidden, kept, cache, 0, self._config.inject_layer)
 
-    def _pool(self, hidden: Tensor, kept: Tensor, prompt_length: int) -> Tensor:
-        """The gate's input `(B, D)` from layer `m`'s input at all tokens."""
-        weights = kept[:, :prompt_length, None].float()
-        total, count = (hidden[:, :prompt_length].float() * weights).sum(1), weights.sum(1)
-        if self._config.pooling == "all":
-            total, count = total + self.transformed_prompts.float().sum(0), count + len(self.transformed_prompts)
-        return total / count
+    def _gate_inputs(self, token_ids: Tensor, hidden: Tensor, kept: Tensor, prompt_length: int) -> Tensor:
+        """What the gate looks at, `(B, D)`, given a padded batch's tokens `(B, n)` and their layer-`m` input."""
+        rows = zip(token_ids, hidden, kept[:, : token_ids.shape[1]], strict=True)
+        lengths = kept[:, :prompt_length].sum(1).tolist()
+        return torch.stack(
+            [
+                self._gate_input(ids[own], states[own][:n], n)
+                for (ids, states, own), n in zip(rows, lengths, strict=True)
+            ]
+        )
 
     def _place_scale(self, scores: Tensor, num_places: int) -> Tensor:
         """`(B, S)`: the gate's score at each prompt, one at the places behind them."""
@@ -243,12 +261,18 @@ class PromptedModel:
     def _compute_states(self, row: EncodedRow) -> RowStates:
         tokens = embed(self.backbone, row)
         tokens = self.backbone.run_layers(tokens, [len(tokens)], 0, self._config.inject_layer, prefix=self._prefix)
-        pooled = tokens[: row.prompt_length]
-        if self._config.pooling == "all":
-            pooled = torch.cat([self.transformed_prompts, tokens])
-        states = RowStates(tokens, pooled.float().mean(0))
+        states = RowStates(tokens, self._gate_input(row.token_ids, tokens, row.prompt_length))
         self._cache.put(row.row_id, states)
         return states
+
+    def _gate_input(self, token_ids: Tensor, tokens: Tensor, prompt_length: int) -> Tensor:
+        """What the gate looks at, given a row's tokens `(n,)` and their layer-`m` input `(n, D)`."""
+        if self.backbone.embedder is not None:
+            question = self.backbone.tokenizer.decode(token_ids[:prompt_length], skip_special_tokens=True)
+            return self.backbone.embedder(str(question))
+        if self._config.pooling == "all":
+            return torch.cat([self.transformed_prompts, tokens]).float().mean(0)
+        return tokens[:prompt_length].float().mean(0)
 
 
 def plain_losses(backbone: Backbone, prompts: Tensor, rows: Sequence[EncodedRow]) -> RowLosses:

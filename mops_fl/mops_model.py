@@ -27,11 +27,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mops_fl.adapter_folder import CARD, CONFIG, RUN_ADAPTER, TENSORS, SavedAdapter, load_adapter, save_adapter
 from mops_fl.backbone import Backbone
 from mops_fl.compressed import resolve_model, weights_sha256
-from mops_fl.config import BackboneConfig
+from mops_fl.config import BackboneConfig, to_key
 from mops_fl.encoding import Turn, prompt_tokens
 from mops_fl.errors import InputError
-from mops_fl.methods import require_method
-from mops_fl.payload import INPUT_PROMPTS
+from mops_fl.methods import FROZEN_ARRAYS, require_method
 from mops_fl.state_cache import StateCache
 
 
@@ -56,9 +55,10 @@ class MopsModel(PreTrainedModel, GenerationMixin):
         self.description = saved.description
         self._saved = saved
         arrays = {name: torch.tensor(array) for name, array in saved.arrays.items()}
-        method, input_prompts = require_method(saved.description.adapter.method), arrays.pop(INPUT_PROMPTS)
+        frozen = {name: arrays.pop(name) for name in FROZEN_ARRAYS if name in arrays}
+        method = require_method(saved.description.adapter.method)
         # No state is kept: rows of two files may have the same ids.
-        self.adaptable = method.model(backbone, saved.description.adapter, input_prompts, StateCache(0))
+        self.adaptable = method.model(backbone, saved.description.adapter, frozen, StateCache(0))
         self.adapter = self.adaptable.adapter([arrays]).requires_grad_(False)
         self.generation_config = _generation_config(backbone)
         self.train(False)
@@ -96,11 +96,13 @@ class MopsModel(PreTrainedModel, GenerationMixin):
             return cls(Backbone.load(config if dtype == "auto" else replace(config, dtype=dtype), device), saved)
         if backbone.source is None:
             raise InputError("The backbone was made in memory and cannot be compared; give one that was loaded.")
-        if backbone.source.quantization != saved.description.backbone.quantization:
-            raise InputError(
-                f"{name} was trained with quantization {saved.description.backbone.quantization}, the backbone has "
-                f"{backbone.source.quantization}; give the backbone it was trained on."
-            )
+        for key in ("quantization", "gate_embedding"):
+            trained_on, given = getattr(saved.description.backbone, key), getattr(backbone.source, key)
+            if given != trained_on:
+                raise InputError(
+                    f"{name} was trained with {to_key(key)} {trained_on}, the backbone has {given}; "
+                    "give the backbone it was trained on."
+                )
         _check_weights(name, saved, backbone.source)
         return cls(backbone, saved)
 

@@ -1,7 +1,7 @@
 """The wire contract: what a train message and its reply carry, as Flower records.
 
 Message  `arrays`   the adapter, name -> float32
-         `frozen`   the input prompts P1
+         `frozen`   the input prompts P1, and what rows are routed by where no gate does it
          `config`   server-round, cohort (partition ids trained together), cohort-number, num-cohorts
 Reply    `arrays`   the trained adapter, same names and shapes
          `metrics`  num-examples, num-steps, num-tokens, loss-sum (nats), seconds, gate-mass (one number per expert)
@@ -56,13 +56,13 @@ class TrainRequest:
         server_round: round, from 1.
         cohort: who is trained in one batch, this client among them.
         adapter: the global adapter.
-        input_prompts: `(K', D)` P1.
+        frozen: P1 `(K', D)` as `input-prompts`, and what else the server trained or made before round 1.
     """
 
     server_round: int
     cohort: Cohort
     adapter: Arrays
-    input_prompts: NDArray[np.float32]
+    frozen: Arrays
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def decode_request(content: RecordDict) -> TrainRequest:
         server_round=config[SERVER_ROUND],
         cohort=Cohort(tuple(config[COHORT]), config[COHORT_NUMBER], config[NUM_COHORTS]),
         adapter=from_record(content.array_records[ARRAYS]),
-        input_prompts=content.array_records[FROZEN][INPUT_PROMPTS].numpy(),
+        frozen=from_record(content.array_records[FROZEN]),
     )
 
 

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mops_fl.adapter import AdapterState, Gate, initial_state
+from mops_fl.adapter import GATED, AdapterState, Gate, initial_state
 from mops_fl.backbone import Backbone
 from mops_fl.config import AdapterConfig, PretrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.evaluation import Spread
 from mops_fl.model import PromptedModel, plain_losses
+from mops_fl.routing import Neighbours
 from mops_fl.state_cache import StateCache
 
 
@@ -29,11 +30,13 @@ class Pretrained:
         adapter: initial expert prompts and, for MoPs, the pretrained gate.
         gate_accuracy: share of the server's rows whose own expert gets the highest score; None without a gate or
             without server rows.
+        neighbours: what rows are routed by instead of a gate, None where a gate does.
     """
 
     input_prompts: Tensor
     adapter: AdapterState
     gate_accuracy: float | None
+    neighbours: Neighbours | None
 
 
 def pretrain(
@@ -61,11 +64,16 @@ def pretrain(
     if rows and num_prompts:
         prompts = train_input_prompts(model, rows, config, generator)
         model = PromptedModel(backbone, adapter_config, prompts, no_cache)
-    state = initial_state(adapter_config, initial_prompts(model, adapter_config, generator), generator)
-    accuracy = None
+    prompts = initial_prompts(model, adapter_config, generator)
+    state = initial_state(adapter_config, prompts, generator, backbone.gate_input_size)
+    accuracy = neighbours = None
     if rows and config.gate_epochs and "gate.w1" in state:
         state, accuracy = train_gate(state, model, rows, config, spread)
-    return Pretrained(model.input_prompts, state, accuracy)
+    elif GATED[adapter_config.method] and adapter_config.routing == "nearest":
+        pooled, experts = gate_inputs(model, rows, adapter_config.num_experts, spread)
+        neighbours = Neighbours.of(pooled, experts, adapter_config.num_experts)
+        accuracy = neighbours.accuracy()
+    return Pretrained(model.input_prompts, state, accuracy, neighbours)
 
 
 def train_input_prompts(
@@ -103,6 +111,15 @@ def sample_token_embeddings(backbone: Backbone, count: int, generator: torch.Gen
     return backbone.embedding_weight[token_ids.to(backbone.device)].float().cpu()
 
 
+def gate_inputs(
+    model: PromptedModel, rows: Sequence[EncodedRow], num_experts: int, spread: Spread = map
+) -> tuple[Tensor, Tensor]:
+    """What the gate sees of the rows' questions `(R, D)`, and each row's own expert `(R,)`."""
+    questions = [replace(row, token_ids=row.token_ids[: row.prompt_length]) for row in rows]
+    pooled = torch.stack([states.pooled for states in spread(lambda row: model.row_states([row])[0], questions)])
+    return pooled, torch.tensor([row.task for row in rows], device=pooled.device) % num_experts
+
+
 def train_gate(
     state: AdapterState,
     model: PromptedModel,
@@ -115,10 +132,8 @@ def train_gate(
     Returns:
         The state with a trained gate, and the share of rows that end at their own expert.
     """
-    questions = [replace(row, token_ids=row.token_ids[: row.prompt_length]) for row in rows]
-    pooled = torch.stack([states.pooled for states in spread(lambda row: model.row_states([row])[0], questions)])
+    pooled, experts = gate_inputs(model, rows, len(state["gate.b2"]), spread)
     gate = Gate([state]).to(pooled.device)
-    experts = torch.tensor([row.task for row in rows], device=pooled.device) % gate.b2.shape[1]
     optimizer = torch.optim.Adam(gate.parameters(), lr=config.gate_lr)
     for _ in range(config.gate_epochs):
         optimizer.zero_grad()

@@ -9,7 +9,7 @@ WILDCARDS = frozenset("*?[")
 SHOWN = 7
 
 
-def choose_tasks(wanted: str, available: Sequence[str], place: str) -> tuple[str, ...]:
+def choose_tasks(wanted: str, available: Sequence[str], place: str, key: str = "tasks") -> tuple[str, ...]:
     """The tasks that `wanted` names, in its order, each once.
 
     Args:
@@ -18,6 +18,7 @@ def choose_tasks(wanted: str, available: Sequence[str], place: str) -> tuple[str
             that it matches.
         available: names of the tasks there are.
         place: where they are, for messages.
+        key: of the run-config that `wanted` is the value of, for messages.
 
     Returns:
         The chosen names; empty if `wanted` names nothing.
@@ -26,7 +27,7 @@ def choose_tasks(wanted: str, available: Sequence[str], place: str) -> tuple[str
         InputError: a word means no task, or a word without wildcard several.
     """
     words = [word.strip() for word in wanted.split(",") if word.strip()]
-    return tuple(dict.fromkeys(task for word in words for task in _matching(word, available, place)))
+    return tuple(dict.fromkeys(task for word in words for task in _matching(word, available, place, key)))
 
 
 def list_tasks(tasks: Sequence[str]) -> str:
@@ -35,7 +36,7 @@ def list_tasks(tasks: Sequence[str]) -> str:
     return ", ".join(tasks) if left_out <= 1 else f"{', '.join(tasks[:SHOWN])} and {left_out} more"
 
 
-def _matching(word: str, available: Sequence[str], place: str) -> list[str]:
+def _matching(word: str, available: Sequence[str], place: str, key: str) -> list[str]:
     if WILDCARDS & set(word):
         found = [task for task in available if fnmatchcase(task, word)]
     elif word in available:
@@ -44,9 +45,9 @@ def _matching(word: str, available: Sequence[str], place: str) -> list[str]:
         found = [task for task in available if task.startswith(f"{word}_")]
         if len(found) > 1:
             raise InputError(
-                f"`tasks` names {word!r}, which may be {list_tasks(found)}; write the name in full, "
+                f"`{key}` names {word!r}, which may be {list_tasks(found)}; write the name in full, "
                 f"or {word + '_*'!r} for all of them."
             )
     if not found:
-        raise InputError(f"`tasks` names {word!r}, but there is no such task in {place}: {list_tasks(available)}.")
+        raise InputError(f"`{key}` names {word!r}, but there is no such task in {place}: {list_tasks(available)}.")
     return found

@@ -23,7 +23,7 @@ from strategies.sampling import ClientSampler
 
 ADAPTER = AdapterConfig(
     method="mops", inject_layer=2, num_experts=3, prompts_per_expert=2, gating="attention", pooling="question",
-    prompt_init="random", gate_width=8, lora_rank=2, lora_alpha=4.0,
+    prompt_init="random", routing="gate", gate_width=8, gate_temperature=1.0, lora_rank=2, lora_alpha=4.0,
 )  # fmt: skip
 TRAIN = TrainConfig(lr=0.05, gate_lr_factor=1.0, batch_size=1, local_steps=3, local_epochs=0)
 

@@ -14,8 +14,8 @@ COHORT = (0, 3, 7)
 
 
 def request(start, cohort=COHORT, server_round=1, input_prompts=None):
-    prompts = start.frozen[INPUT_PROMPTS] if input_prompts is None else input_prompts
-    return TrainRequest(server_round, Cohort(cohort, 0, 1), start.adapter, prompts)
+    changed = {} if input_prompts is None else {INPUT_PROMPTS: input_prompts}
+    return TrainRequest(server_round, Cohort(cohort, 0, 1), start.adapter, {**start.frozen, **changed})
 
 
 def bits(result):

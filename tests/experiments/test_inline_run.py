@@ -173,3 +173,18 @@ def test_server_beside_the_clients_trains_as_one_more(run_config, tmp_path, comp
     assert folder.summary["client_steps"] == complete.summary["client_steps"] * 4 // 3  # three clients and the server
     assert folder.summary["bytes_up"] == complete.summary["bytes_up"]
     assert adapter_bits(folder) != adapter_bits(complete)
+
+
+def test_run_without_a_gate_keeps_what_its_rows_are_routed_by(run_config, tmp_path, quick_report):
+    routed = run(run_config, tmp_path / "nearest", routing="nearest", weighting="gate-mass", num_server_rounds=1)
+    saved = load_adapter(routed.path / "adapter")
+    assert saved.description.adapter.routing == "nearest"
+    shapes = {name: array.shape for name, array in saved.arrays.items()}
+    assert shapes == {**PROMPTS, "neighbour-keys": (35, 32), "neighbour-experts": (35, 7)}
+    metrics = routed.metrics()
+    mass = [entry["value"] for entry in metrics if entry["metric"].startswith("gate-mass-expert-")]
+    assert len(mass) == 7
+    assert sum(mass) == 3 * 2  # clients, steps: each row has one expert
+    assert all(f"drift-expert-{expert}" in {entry["metric"] for entry in metrics} for expert in range(7))
+    assert "gate-accuracy" in {entry["metric"] for entry in metrics}
+    assert routed.summary["experts"] == [[task] for task in DOLLY_TASKS]

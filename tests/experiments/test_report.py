@@ -6,13 +6,13 @@ import base64
 import re
 import subprocess
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from experiments import report
+from experiments.cli import main
 from experiments.run_folder import RunFolder
 
 
@@ -114,10 +114,7 @@ def test_figures_are_written_for_people(text: str, expected: str) -> None:
 
 def test_command_makes_each_report_and_prints_where(make_run, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [make_run(name).path for name in ("a", "b")]
-    parser = ArgumentParser()
-    report.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["report", *map(str, folders)])
-    assert args.run(args) == 0
+    assert main(["report", *map(str, folders)]) == 0
     assert capsys.readouterr().out.split() == [str(folder / "report.html") for folder in folders]
     assert all((folder / "report.html").stat().st_size > 10_000 for folder in folders)
 

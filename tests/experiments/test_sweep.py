@@ -14,7 +14,7 @@ from experiments.run_folder import RunFolder
 from experiments.sweep import read_sweep
 from mops_fl.errors import InputError
 
-TABLES = sorted((Path(experiments.__file__).parent / "tables").glob("*.toml"))
+TABLES = sorted((Path(experiments.__file__).parent / "tables").rglob("*.toml"))
 
 
 pytestmark = pytest.mark.usefixtures("command_in_process")
@@ -26,6 +26,7 @@ def content(run_config):
     values = {key: value for key, value in run_config().items() if key not in ("method", "seed", "output-dir", "lr")}
     return {
         "title": "Tiny",
+        "folder": "tiny",
         "app": "experiments.dolly",
         "seeds": [0, 1],
         "values": {**values, "evaluate-every": 1},
@@ -68,7 +69,7 @@ def test_every_row_method_and_seed_is_run_once_and_put_into_a_table(sweep, conte
     }
     printed = capsys.readouterr().out
     assert "two-experts-fedprompt-seed0: running" in printed
-    table = (tmp_path / "out" / "table.md").read_text()
+    table = (tmp_path / "out" / "sweep.md").read_text()
     assert table in printed
     values = [found[f"7-experts-fedprompt-seed{seed}"]["perplexity"]["all"] for seed in (0, 1)]
     (row,) = [line for line in table.splitlines() if line.startswith("| 7 experts | ") and "(11.99)" in line]
@@ -85,11 +86,12 @@ def test_only_the_chosen_runs_are_run(sweep, content, tmp_path):
     assert sweep(content, "--only", "8-*") == 2
 
 
-def test_table_alone_runs_nothing(sweep, content, tmp_path, monkeypatch, capsys):
+def test_report_of_a_sweep_runs_nothing(sweep, content, tmp_path, monkeypatch, capsys):
     assert sweep(content, "--only", "7-*-fedprompt-seed1") == 0
     monkeypatch.setattr(sweep_command, "run_app", lambda *_, **__: pytest.fail("run"))
     capsys.readouterr()
-    assert sweep(content, "--table") == 0
+    assert main(["report", str(tmp_path / "sweep.toml"), "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "sweep.png").stat().st_size > 10_000
     assert f"| two experts | {' | '.join([NOTHING] * 4)} |" in capsys.readouterr().out
 
 
@@ -177,3 +179,9 @@ def test_tables_that_come_with_the_package_are_valid(path, tmp_path):
 def test_unreadable_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         read_sweep(tmp_path / "nothing.toml", tmp_path)
+
+
+def test_run_folders_are_below_runs_where_the_file_says(content, tmp_path):
+    (tmp_path / "sweep.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
+    found = read_sweep(tmp_path / "sweep.toml", None)
+    assert found.runs[0].folder == Path("runs/tiny/two-experts-fedprompt-seed0").absolute()

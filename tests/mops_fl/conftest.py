@@ -24,7 +24,8 @@ def adapter_config() -> AdapterConfigOf:
     def make(**changes: str | int) -> AdapterConfig:
         values = {
             "method": "mops", "inject_layer": 2, "num_experts": 3, "prompts_per_expert": 2, "gating": "attention",
-            "pooling": "question", "prompt_init": "random", "gate_width": 8, "lora_rank": 2, "lora_alpha": 4.0,
+            "pooling": "question", "prompt_init": "random", "routing": "gate", "gate_width": 8,
+            "gate_temperature": 1.0, "lora_rank": 2, "lora_alpha": 4.0,
         }  # fmt: skip
         return AdapterConfig(**{**values, **changes})
 
@@ -37,7 +38,8 @@ def data_config() -> DataConfigOf:
 
     def make(**changes: str | int | float) -> DataConfig:
         values = {
-            "dataset": "dolly", "data_path": "", "tasks": "", "data_seed": 0, "num_rows": 100, "test_fraction": 0.1,
+            "dataset": "dolly", "data_path": "", "tasks": "", "held_out_tasks": "",
+            "data_seed": 0, "num_rows": 100, "test_fraction": 0.1,
             "server_rows": 14, "max_length": 1000, "loss_on": "response",
         }  # fmt: skip
         return DataConfig(**{**values, **changes})

@@ -18,7 +18,7 @@ ARRAYS = {
 def saved(adapter_config, data_config):
     description = AdapterDescription(
         adapter=adapter_config(gating="embedding"),
-        backbone=BackboneConfig("owner/model", "sparsegpt:2:4", "int8", "auto"),
+        backbone=BackboneConfig("owner/model", "sparsegpt:2:4", "int8", "auto", "backbone"),
         backbone_sha256="ab" * 32,
         data=data_config(max_length=77),
         tasks=("closed_qa", "open_qa"),

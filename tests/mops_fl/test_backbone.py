@@ -7,7 +7,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from mops_fl import backbone as backbone_module
 from mops_fl.backbone import Backbone, resolve_dtype
-from mops_fl.config import BackboneConfig
+from mops_fl.config import OWN_EMBEDDING, BackboneConfig
 from mops_fl.errors import InputError
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -26,7 +26,9 @@ def packed_logits(backbone, ids, lengths):
 
 
 def config_of(folder, dtype="float32"):
-    return BackboneConfig(str(folder), compression="none", quantization="none", dtype=dtype)
+    return BackboneConfig(
+        str(folder), compression="none", quantization="none", dtype=dtype, gate_embedding=OWN_EMBEDDING
+    )
 
 
 CASES = [

@@ -72,7 +72,7 @@ def matrices(folder):
 
 
 def config_of(backbone, compression="none", quantization="none"):
-    return BackboneConfig(str(backbone), compression, quantization, dtype="float32")
+    return BackboneConfig(str(backbone), compression, quantization, dtype="float32", gate_embedding="backbone")
 
 
 @pytest.mark.parametrize("text", RECIPES)

@@ -205,7 +205,7 @@ def test_loaded_without_a_file_of_ones_own_the_sample_says_so(data_config):
 def task_data():
     rows = [*rows_of(a=6), *rows_of(b=4), *rows_of(c=2)]
     test = tuple(replace(row, row_id=row_id) for row_id, row in enumerate(rows))
-    return TaskData(TASKS, (), test, (), "", is_sample=False)
+    return TaskData(TASKS, (), test, (), (), "", is_sample=False)
 
 
 @pytest.mark.parametrize(
@@ -237,3 +237,34 @@ def test_gz_with_a_flipped_byte_is_refused_by_name(tmp_path):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         with pytest.raises(InputError, match=r"rows\.jsonl\.gz"):
             list(read_dolly(path))
+
+
+# Held-out tasks
+
+
+def test_held_out_tasks_are_tested_and_nobody_has_their_rows(data_config):
+    whole = load_task_data(data_config(num_rows=210, server_rows=35))
+    data = load_task_data(data_config(num_rows=210, server_rows=35, held_out_tasks="closed_qa, *_writing"))
+    unseen = {"closed_qa", "creative_writing"}
+    assert data.tasks[-2:] == ("closed_qa", "creative_writing")
+    assert data.trained_tasks == tuple(task for task in whole.tasks if task not in unseen) == data.tasks[:5]
+    assert data.test == whole.test
+    assert data.train == tuple(row for row in whole.train if row.task not in unseen)
+    assert data.server == tuple(row for row in whole.server if row.task not in unseen)
+    assert set(data.held_out) == {row for row in whole.train + whole.server if row.task in unseen}
+    assert data.description.endswith(", held out from training: closed_qa, creative_writing")
+
+
+def test_holding_out_nothing_leaves_everything_as_it_is(data_config):
+    data = load_task_data(data_config(num_rows=210))
+    assert data.held_out == ()
+    assert data.trained_tasks == data.tasks
+
+
+@pytest.mark.parametrize(
+    ("wanted", "complaint"),
+    [("*", "names every task"), ("poetry", "`held-out-tasks` names 'poetry', but there is no such task")],
+)
+def test_bad_held_out_tasks_are_refused(wanted, complaint, data_config):
+    with pytest.raises(InputError, match=complaint.replace("*", r"\*")):
+        load_task_data(data_config(num_rows=210, held_out_tasks=wanted))

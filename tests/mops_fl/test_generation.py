@@ -51,7 +51,12 @@ def make_model(tiny_model, byte_tokenizer, adapter_config, data_config, make_sta
             state = make_state(config)
         state[INPUT_PROMPTS] = torch.randn(num_input_prompts, 32, generator=generator)
         description = AdapterDescription(
-            config, BackboneConfig("tiny", "none", "none", "float32"), "", data_config(), ("a", "b", "c"), ()
+            config,
+            BackboneConfig("tiny", "none", "none", "float32", "backbone"),
+            "",
+            data_config(),
+            ("a", "b", "c"),
+            (),
         )
         model = MopsModel(backbone, SavedAdapter(description, {name: a.numpy() for name, a in state.items()}, ""))
         model.generation_config.eos_token_id = None  # a random model ends anywhere
@@ -179,7 +184,7 @@ def test_gate_is_the_one_of_the_losses_and_matters(make_model, monkeypatch):
 def test_gate_is_computed_once_for_a_sequence(make_model, monkeypatch):
     model = make_model()
     calls, scores = [], model.adapter.scores
-    monkeypatch.setattr(model.adapter, "scores", lambda pooled: calls.append(len(pooled)) or scores(pooled))
+    monkeypatch.setattr(model.adapter, "scores", lambda *given: calls.append(len(given[0])) or scores(*given))
     new_tokens(model, questions()[1])
     assert calls == [3]
 

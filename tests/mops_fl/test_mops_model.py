@@ -30,7 +30,7 @@ def make_adapter(tiny_model_folder, adapter_config, data_config, tmp_path):
     """``make_adapter("mops", "name")``: a saved adapter of the tiny model on disk."""
 
     def make(method="mops", name="adapter"):
-        backbone_config = BackboneConfig(str(tiny_model_folder), "none", "none", "float32")
+        backbone_config = BackboneConfig(str(tiny_model_folder), "none", "none", "float32", "backbone")
         config, generator = adapter_config(method=method), torch.Generator().manual_seed(0)
         prompts = torch.randn(6, 32, generator=generator)
         if method in ("lora", "ia3"):
@@ -82,7 +82,7 @@ def test_backbone_may_lie_elsewhere_or_be_loaded_already(make_adapter, tiny_mode
     expected = answer_of(MopsModel.from_pretrained(folder))
     copy = shutil.copytree(tiny_model_folder, tmp_path / "copy")
     assert answer_of(MopsModel.from_pretrained(folder, backbone=copy)) == expected
-    loaded = Backbone.load(BackboneConfig(str(copy), "none", "none", "float32"))
+    loaded = Backbone.load(BackboneConfig(str(copy), "none", "none", "float32", "backbone"))
     model = MopsModel.from_pretrained(folder, backbone=loaded)
     assert model.backbone is loaded
     assert answer_of(model) == expected
@@ -91,7 +91,7 @@ def test_backbone_may_lie_elsewhere_or_be_loaded_already(make_adapter, tiny_mode
 def test_weights_spread_over_other_files_are_the_same_weights(make_adapter, tiny_model_folder, tmp_path):
     sharded = shutil.copytree(tiny_model_folder, tmp_path / "sharded")
     (sharded / "model.safetensors").unlink()
-    Backbone.load(BackboneConfig(str(tiny_model_folder), "none", "none", "float32")).model.save_pretrained(
+    Backbone.load(BackboneConfig(str(tiny_model_folder), "none", "none", "float32", "backbone")).model.save_pretrained(
         sharded, max_shard_size="40KB"
     )
     assert len(list(sharded.glob("*.safetensors"))) > 1
@@ -107,13 +107,13 @@ def test_another_backbone_is_refused(make_adapter, tiny_model, byte_tokenizer, t
         part.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match=r"was trained on .* with weights of SHA-256 .*, but those in"):
         MopsModel.from_pretrained(make_adapter(), backbone=tmp_path / "other")
-    loaded = Backbone.load(BackboneConfig(str(tmp_path / "other"), "none", "none", "float32"))
+    loaded = Backbone.load(BackboneConfig(str(tmp_path / "other"), "none", "none", "float32", "backbone"))
     with pytest.raises(InputError, match="but those in"):
         MopsModel.from_pretrained(make_adapter(), backbone=loaded)
 
 
 def test_backbone_quantised_otherwise_or_made_in_memory_is_refused(make_adapter, tiny_model_folder, tiny_backbone):
-    loaded = Backbone.load(BackboneConfig(str(tiny_model_folder), "none", "nf4", "float32"))
+    loaded = Backbone.load(BackboneConfig(str(tiny_model_folder), "none", "nf4", "float32", "backbone"))
     with pytest.raises(InputError, match="trained with quantization none, the backbone has nf4"):
         MopsModel.from_pretrained(make_adapter(), backbone=loaded)
     with pytest.raises(InputError, match="made in memory"):

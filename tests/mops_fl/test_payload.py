@@ -54,7 +54,7 @@ def test_request_arrives_bit_for_bit():
     request = decode_request(through_the_wire(encode_request(to_record(ADAPTER), frozen, 3, Cohort((4, 9), 1, 2))))
     assert (request.server_round, request.cohort) == (3, Cohort((4, 9), 1, 2))
     assert_same_bits(request.adapter, ADAPTER)
-    assert_same_bits({"p": request.input_prompts}, {"p": INPUT_PROMPTS})
+    assert_same_bits({"p": request.frozen["input-prompts"]}, {"p": INPUT_PROMPTS})
 
 
 def test_result_arrives_bit_for_bit():

@@ -146,7 +146,10 @@ def test_every_matrix_of_the_decoder_layers_and_no_other_is_replaced(tiny_model)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_backbone_is_loaded_quantised(kind, module, dtype, tiny_model_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    configs = [BackboneConfig(str(tiny_model_folder), "none", quantization, dtype) for quantization in ("none", kind)]
+    configs = [
+        BackboneConfig(str(tiny_model_folder), "none", quantization, dtype, "backbone")
+        for quantization in ("none", kind)
+    ]
     plain, quantized = map(Backbone.load, configs)
     assert type(quantized.model.model.layers[3].mlp.down_proj) is module
     assert quantized.dtype == plain.dtype

@@ -1,0 +1,57 @@
+"""Which experts a row uses without a trained gate: those of the server's row whose question is nearest to its own.
+
+The comparison that the paper leaves out. Nothing here is trained or averaged; the server's rows travel with P1, as
+embeddings.
+
+Letters: `S` rows of the server, `R` rows to be routed, `E` experts, `D` size of a gate input.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KEYS, EXPERTS = "neighbour-keys", "neighbour-experts"
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Rows whose expert is known.
+
+    Attributes:
+        keys: `(S, D)` float32 gate inputs, each of length one.
+        experts: `(S, E)` float32, one at the row's own expert.
+    """
+
+    keys: Tensor
+    experts: Tensor
+
+    @classmethod
+    def of(cls, pooled: Tensor, experts: Tensor, num_experts: int) -> "Neighbours":
+        """From the gate inputs `(S, D)` of rows and the number `(S,)` of each one's expert."""
+        return cls(F.normalize(pooled.float()).cpu(), F.one_hot(experts.cpu(), num_experts).float())
+
+    @classmethod
+    def from_frozen(cls, frozen: Mapping[str, Tensor], device: torch.device) -> "Neighbours | None":
+        """From what travels beside the adapter; None if there are none."""
+        return cls(frozen[KEYS].to(device), frozen[EXPERTS].to(device)) if KEYS in frozen else None
+
+    def to_frozen(self) -> dict[str, Tensor]:
+        """What travels beside the adapter."""
+        return {KEYS: self.keys, EXPERTS: self.experts}
+
+    def scores(self, pooled: Tensor) -> Tensor:
+        """Scores `(R, E)` of rows with gate inputs `(R, D)`: one at the expert of the nearest key, by cosine."""
+        return self.experts[self.similarity(pooled).argmax(1)]
+
+    def similarity(self, pooled: Tensor) -> Tensor:
+        """Cosines `(R, S)`."""
+        return F.normalize(pooled.float()) @ self.keys.T
+
+    def accuracy(self) -> float:
+        """Share of the keys whose nearest other key belongs to the same expert."""
+        others = self.similarity(self.keys).fill_diagonal_(float("-inf"))
+        own, nearest = self.experts.argmax(1), self.experts[others.argmax(1)].argmax(1)
+        return (own == nearest).float().mean().item()
