@@ -104,7 +104,13 @@ def load_adapter(folder: Path) -> SavedAdapter:
         raise InputError(f"{folder / TENSORS} is not the file that {CONFIG} describes; copy the adapter again.")
     if config["template"] != list(TEMPLATE):
         raise InputError(f"{folder} was trained with another template; use the software that wrote it.")
-    return SavedAdapter(_from_json(config), arrays, card)
+    try:
+        return SavedAdapter(_from_json(config), arrays, card)
+    except (InputError, KeyError) as error:
+        raise InputError(
+            f"{folder} was written by {config['software']}, which has other settings ({error}); use that version, or "
+            "have its run write it again with `flower-simulation --resume RUN`."
+        ) from error
 
 
 def _check_version(config: Mapping[str, Any], folder: Path) -> None:

@@ -101,3 +101,13 @@ def test_resume_passes_over_a_corrupt_newest_checkpoint(run, tmp_path):
     newest.write_bytes(newest.read_bytes()[:100])
     resumed = run("run", resume=True)
     assert adapter_bits(resumed.path) == adapter_bits(straight.path)
+
+
+def test_resuming_a_run_that_has_ended_writes_its_adapter_again(run, tmp_path):
+    whole = run("run")
+    bits = adapter_bits(whole.path)
+    config = whole.path / "adapter/adapter_config.json"
+    config.write_text('{"format-version": 1}', encoding="utf-8")
+    resumed = run("run", resume=True)
+    assert adapter_bits(resumed.path) == bits
+    assert measured(resumed) == measured(whole)

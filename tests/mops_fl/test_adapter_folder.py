@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from mops_fl import adapter_folder
 from mops_fl.adapter_folder import AdapterDescription, SavedAdapter, load_adapter, save_adapter
 from mops_fl.config import BackboneConfig
 from mops_fl.errors import InputError
@@ -150,6 +151,18 @@ def test_another_template_is_refused(tmp_path, saved, monkeypatch):
         patch.setattr("mops_fl.adapter_folder.TEMPLATE", ("Q: ", " ", " A: "))
         save_adapter(tmp_path, saved)
     with pytest.raises(InputError, match="another template"):
+        load_adapter(tmp_path)
+
+
+def test_settings_that_this_software_does_not_know_are_refused(tmp_path, saved, monkeypatch):
+    def fewer(section):
+        return {key: value for key, value in table(section).items() if key != "gating"}
+
+    table = adapter_folder._table
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_folder, "_table", fewer)
+        save_adapter(tmp_path, saved)
+    with pytest.raises(InputError, match=r"written by mops-fl .*`gating`"):
         load_adapter(tmp_path)
 
 

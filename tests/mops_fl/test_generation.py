@@ -12,6 +12,7 @@ from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
 from mops_fl.mops_model import MopsModel
 from mops_fl.payload import INPUT_PROMPTS
+from mops_fl.routing import Neighbours
 from mops_fl.weights import initial_weights
 
 NUM_NEW = 12
@@ -27,6 +28,8 @@ READINGS = [
     pytest.param({"gating": "embedding"}, id="embedding"),
     pytest.param({"pooling": "all"}, id="pooling-all"),
     pytest.param({"inject_layer": 0}, id="layer-0"),
+    pytest.param({"gate_temperature": 4.0}, id="temperature"),
+    pytest.param({"routing": "nearest"}, id="nearest"),
     pytest.param({"method": "fedprompt"}, id="fedprompt"),
     pytest.param({"method": "lora"}, id="lora"),
     pytest.param({"method": "ia3"}, id="ia3"),
@@ -50,6 +53,10 @@ def make_model(tiny_model, byte_tokenizer, adapter_config, data_config, make_sta
         else:
             state = make_state(config)
         state[INPUT_PROMPTS] = torch.randn(num_input_prompts, 32, generator=generator)
+        if config.routing == "nearest":
+            state = {name: array for name, array in state.items() if not name.startswith("gate.")}
+            keys, experts = torch.randn(5, 32, generator=generator), torch.tensor([0, 1, 2, 0, 1])
+            state |= Neighbours.of(keys, experts, config.num_experts).to_frozen()
         description = AdapterDescription(
             config,
             BackboneConfig("tiny", "none", "none", "float32", "backbone"),
