@@ -37,7 +37,7 @@ def draw_gate(run: RunFolder, expert_names: Sequence[str], scores: Sequence[floa
         return None
     last, tasks = maps[max(maps)], task_names(run.metrics())
     own = np.full((len(last), 1), np.nan) if scores is None else np.array(scores)[:, None]
-    highest = float(np.nanmax(np.hstack([last, own])))
+    highest = float(np.nan_to_num(np.hstack([last, own])).max()) or 1.0
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.0, 1.4 + 0.34 * len(last)), dpi=DPI, facecolor="white")
         panels = figure.subplots(1, 2, width_ratios=(len(tasks), 1), sharey=True)

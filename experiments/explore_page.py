@@ -46,7 +46,8 @@ def build_page(exhibits: Sequence[Exhibit], answerer: Answerer) -> gr.Blocks:
     """The page for these models; `answerer` computes."""
     runs = [exhibit.run for exhibit in exhibits if exhibit.run]
     labels = [exhibit.label for exhibit in exhibits if exhibit.run]
-    with gr.Blocks(title="mops-fl explore", analytics_enabled=False) as page:
+    page = gr.Blocks(title="mops-fl explore", analytics_enabled=False)
+    with page:
         gr.Markdown(_heading(exhibits))
         instruction, context, options, ask, stop = _question(exhibits)
         texts, notes = _answers(exhibits)
@@ -144,7 +145,7 @@ def _gates(exhibits: Sequence[Exhibit]) -> dict[int, tuple[Any, Any]]:
             )
             with gr.Row():
                 bars = gr.Label(label="weights of the experts for this input", show_label=False, scale=2,
-                                num_top_classes=len(names), show_heading=False, min_width=300)  # fmt: skip
+                                num_top_classes=len(names), show_heading=False, min_width=300, elem_id=f"gate-{place}")  # fmt: skip
                 with gr.Column(scale=5, min_width=300):
                     heat_map = gr.HTML(_image(draw_gate(run, names, None)), elem_classes="wide")
             gates[place] = (bars, heat_map)

@@ -39,10 +39,11 @@ def build_app(page: gr.Blocks, runs: Sequence[RunFolder]) -> FastAPI:
             raise HTTPException(404, "There is no such report.")
         return HTMLResponse((runs[place].path / REPORT).read_text(encoding="utf-8"))
 
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app, page, "/", theme=theme(), css=CSS, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False,
         enable_monitoring=False, pwa=False,
     )  # fmt: skip
+    return app
 
 
 def listen(port: int) -> socket.socket:
