@@ -145,7 +145,8 @@ def _gates(exhibits: Sequence[Exhibit]) -> dict[int, tuple[Any, Any]]:
             )
             with gr.Row():
                 bars = gr.Label(label="weights of the experts for this input", show_label=False, scale=2,
-                                num_top_classes=len(names), show_heading=False, min_width=300, elem_id=f"gate-{place}")  # fmt: skip
+                                num_top_classes=len(names), show_heading=False, min_width=300,
+                                elem_id=f"gate-{place}")  # fmt: skip
                 with gr.Column(scale=5, min_width=300):
                     heat_map = gr.HTML(_image(draw_gate(run, names, None)), elem_classes="wide")
             gates[place] = (bars, heat_map)

@@ -20,7 +20,7 @@ QUIET = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 PATIENCE_MS = 60_000
-NOTES = "[...document.querySelectorAll('.note')].map(note => note.innerText.trim()).filter(text => text)"
+NOTES = "[...document.querySelectorAll('.block.note')].map(note => note.innerText.trim()).filter(text => text)"
 
 
 @pytest.fixture
