@@ -61,7 +61,9 @@ def build_page(exhibits: Sequence[Exhibit], answerer: Answerer) -> gr.Blocks:
             """Gates first, then the answers as they grow."""
             question = instruction.strip(), context.strip()
             if not question[0]:
-                raise gr.Error("Type an instruction first.", title="Nothing to answer", print_exception=False)
+                gr.Warning("Type an instruction first.", title="Nothing to answer")
+                yield dict.fromkeys(notes, "")
+                return
             generation = _generation_options(*values)
             try:
                 scores = answerer.gate_scores(*question)
@@ -69,7 +71,7 @@ def build_page(exhibits: Sequence[Exhibit], answerer: Answerer) -> gr.Blocks:
                 for place, text, note in answerer.stream(*question, generation):
                     yield {texts[place]: text, notes[place]: note or WRITING}
             except InputError as error:
-                raise gr.Error(str(error), title="Not answered", print_exception=False) from error
+                gr.Warning(str(error), title="Not answered")
 
         asked = gr.on(
             [ask.click, instruction.submit], answer, [instruction, context, *options], shown,
