@@ -21,10 +21,16 @@ BAR_WIDTH = 30
 
 def adapter_options() -> argparse.ArgumentParser:
     """The options that say which adapter, on what: a parent for a command's parser."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, parents=[backbone_options()])
     parser.add_argument(
         "--adapter", metavar="RUN", required=True, help="run folder, adapter folder, or repository on the hub"
     )
+    return parser
+
+
+def backbone_options() -> argparse.ArgumentParser:
+    """The options that say on what it runs, likewise."""
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--backbone", metavar="NAME", help="where the backbone is, if not where the adapter says")
     parser.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, or auto (default: %(default)s)")
     parser.add_argument(

@@ -14,6 +14,7 @@ from experiments import (
     compress_command,
     deploy_demo_command,
     evaluate_command,
+    explore_command,
     fetch_command,
     generate_command,
     grow_command,
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     making = (fetch_command, compress_command, train_command, sweep_command)
-    using = (report_command, compare, generate_command, chat_command, evaluate_command, grow_command)
+    using = (report_command, compare, generate_command, chat_command, evaluate_command, explore_command, grow_command)
     deploying = (certificates, deploy_demo_command)
     for command in making + using + deploying:
         command.add_parser(commands)

@@ -96,7 +96,7 @@ def plot_gate(run: RunFolder, target: Path) -> bool:
         panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
         for axes, number in zip(panels, shown, strict=True):
             image = axes.imshow(maps[number], cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-            _write_cells(axes, maps[number], highest)
+            write_cells(axes, maps[number], highest)
             axes.set_title("before training" if number == 0 else f"after round {number}")
             axes.set_xticks(range(len(tasks)), [wrapped(task) for task in tasks], rotation=90, fontsize=8.5)
             axes.tick_params(length=0)
@@ -207,7 +207,7 @@ def gate_maps(metrics: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
     return maps
 
 
-def _write_cells(axes: Axes, scores: np.ndarray, highest: float) -> None:
+def write_cells(axes: Axes, scores: np.ndarray, highest: float) -> None:
     """Write each score into its cell, as ``.42``, where the cells are large enough to read it."""
     if scores.size > 100:
         return

@@ -115,9 +115,13 @@ def resolve_dolly(data_path: str) -> DataSource:
         check_sha256(cached, DOLLY_SHA256)
         description = f"Dolly-15k ({DOLLY_ID}, revision {DOLLY_REVISION[:8]}, {DOLLY_LICENCE})"
         return DataSource(cached, DOLLY_ID, DOLLY_REVISION, is_sample=False, description=description)
-    sample = Path(str(resources.files("mops_fl") / "sample" / "dolly-sample.jsonl"))
     description = "a small sample in Dolly's format made for this project, not Dolly itself"
-    return DataSource(sample, None, None, is_sample=True, description=description)
+    return DataSource(sample_path(), None, None, is_sample=True, description=description)
+
+
+def sample_path() -> Path:
+    """The bundled sample, `.jsonl` in Dolly's columns."""
+    return Path(str(resources.files("mops_fl") / "sample" / "dolly-sample.jsonl"))
 
 
 def resolve_super_ni(data_path: str) -> DataSource:

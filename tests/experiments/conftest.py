@@ -9,9 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import run as run_module
 from experiments.run_folder import RunFolder
+from mops_fl.adapter import initial_state
+from mops_fl.adapter_folder import RUN_ADAPTER, AdapterDescription, SavedAdapter, save_adapter
+from mops_fl.backbone import Backbone
+from mops_fl.compressed import weights_sha256
+from mops_fl.config import AdapterConfig, BackboneConfig, DataConfig, read_section
+from mops_fl.payload import INPUT_PROMPTS
+from mops_fl.weights import initial_weights
 
 TASKS = [
     "creative_writing",
@@ -73,6 +81,34 @@ def make_run(tmp_path: Path) -> MakeRun:
         run.write_json("partition.json", partition())
         if ended:
             run.write_summary({**summary_of(values, after=after, bare=bare), **(summary or {})})
+        return run
+
+    return make
+
+
+@pytest.fixture
+def make_usable_run(make_run: MakeRun, run_config: Callable[..., dict[str, bool | int | float | str]]) -> MakeRun:
+    """``make_usable_run("name", method="lora")``: such a run with an adapter of the tiny model, drawn at random."""
+
+    def make(name: str = "run", **config: bool | int | float | str) -> RunFolder:
+        values = run_config({key.replace("_", "-"): value for key, value in config.items()})
+        adapter, backbone = read_section(AdapterConfig, values), read_section(BackboneConfig, values)
+        generator = torch.Generator().manual_seed(int(values["seed"]))
+        if adapter.method in ("lora", "ia3"):
+            state = initial_weights(Backbone.load(backbone), adapter, generator)
+            arrays = {
+                key: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for key, tensor in state.items()
+            }
+        else:
+            prompts = torch.randn(adapter.num_prompts, 32, generator=generator)
+            arrays = {**initial_state(adapter, prompts, generator), INPUT_PROMPTS: prompts}
+        experts = tuple((task,) for task in TASKS) if adapter.method == "mops" else ()
+        sha256 = weights_sha256(Path(backbone.backbone))
+        data = read_section(DataConfig, values)
+        description = AdapterDescription(adapter, backbone, sha256, data, tuple(TASKS), experts)
+        run = make_run(name, **{key.replace("-", "_"): value for key, value in values.items() if key != "output-dir"})
+        saved = SavedAdapter(description, {key: tensor.numpy() for key, tensor in arrays.items()}, card="")
+        save_adapter(run.path / RUN_ADAPTER, saved)
         return run
 
     return make

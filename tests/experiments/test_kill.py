@@ -111,7 +111,7 @@ def outcome(folder):
     metrics = [
         {key: value for key, value in entry.items() if key != "seconds"}
         for entry in entries
-        if entry["metric"] != "tokens-per-second"
+        if entry["metric"] not in ("tokens-per-second", "round-seconds")
     ]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     adapter = {name: array.tobytes() for name, array in load_adapter(folder / "adapter").arrays.items()}
