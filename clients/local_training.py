@@ -22,7 +22,8 @@ from mops_fl.adapter import Adapter, AdapterState
 from mops_fl.config import TrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
-from mops_fl.model import AdaptableModel, RowLosses
+from mops_fl.losses import RowLosses
+from mops_fl.model import AdaptableModel
 from mops_fl.payload import TrainResult
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ import torch
 from mops_fl.adapter import Adapter
 from mops_fl.backbone import Backbone
 from mops_fl.encoding import EncodedRow
-from mops_fl.model import AdaptableModel, RowLosses, plain_losses
+from mops_fl.losses import RowLosses, plain_losses
+from mops_fl.model import AdaptableModel
 from mops_fl.payload import EvaluateResult
 
 # Positions of one packed forward pass: enough to keep the matrix products busy, little enough for a laptop.

@@ -16,7 +16,8 @@ from mops_fl.backbone import Backbone
 from mops_fl.config import AdapterConfig, PretrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.evaluation import Spread
-from mops_fl.model import PromptedModel, plain_losses
+from mops_fl.losses import plain_losses
+from mops_fl.model import PromptedModel
 from mops_fl.routing import Neighbours
 from mops_fl.state_cache import StateCache
 

@@ -25,7 +25,7 @@ from mops_fl.adapter import Adapter, AdapterState
 from mops_fl.backbone import Backbone
 from mops_fl.config import AdapterConfig
 from mops_fl.encoding import EncodedRow
-from mops_fl.model import RowLosses, plain_losses
+from mops_fl.losses import RowLosses, plain_losses
 
 Change = Callable[[nn.Module, Tensor], Tensor]
 
@@ -86,7 +86,7 @@ class AdaptedModel:
         return WeightAdapter(states).to(self.backbone.device)
 
     def losses(self, adapter: WeightAdapter, rows: Sequence[EncodedRow]) -> RowLosses:
-        """Loss of each row under the adapter that owns it; see `mops_fl.model.PromptedModel.losses`."""
+        """Loss of each row under the adapter that owns it; see `mops_fl.model.AdaptableModel.losses`."""
         lengths = torch.tensor([len(row.token_ids) for row in rows])
         per_adapter = lengths.view(adapter.num_adapters, -1).sum(1).tolist()
         with self._changed_by(adapter, per_adapter):

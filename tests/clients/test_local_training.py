@@ -13,8 +13,9 @@ from mops_fl.adapter import GATED, initial_state
 from mops_fl.config import AdapterConfig, TrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
+from mops_fl.losses import RowLosses
 from mops_fl.methods import METHODS
-from mops_fl.model import PromptedModel, RowLosses
+from mops_fl.model import PromptedModel
 from mops_fl.payload import ClientInfo, encode_result, from_record, to_record
 from mops_fl.reply_check import ReplyLimits
 from mops_fl.state_cache import StateCache

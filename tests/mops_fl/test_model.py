@@ -8,7 +8,8 @@ import torch
 
 from mops_fl.adapter import PromptAdapter
 from mops_fl.errors import InputError
-from mops_fl.model import PromptedModel, plain_losses
+from mops_fl.losses import plain_losses
+from mops_fl.model import PromptedModel
 from mops_fl.state_cache import StateCache
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}

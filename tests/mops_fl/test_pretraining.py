@@ -6,7 +6,8 @@ import torch
 from mops_fl import pretraining
 from mops_fl.adapter import PromptAdapter, initial_state
 from mops_fl.config import PretrainConfig
-from mops_fl.model import PromptedModel, plain_losses
+from mops_fl.losses import plain_losses
+from mops_fl.model import PromptedModel
 from mops_fl.pretraining import initial_prompts, pretrain, sample_token_embeddings, train_gate, train_input_prompts
 from mops_fl.state_cache import StateCache
 

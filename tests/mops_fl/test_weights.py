@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mops_fl.backbone import Backbone
-from mops_fl.model import plain_losses
+from mops_fl.losses import plain_losses
 from mops_fl.weights import AdaptedModel, initial_weights
 
 CONFIGS = {
