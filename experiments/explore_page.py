@@ -77,7 +77,8 @@ def build_page(exhibits: Sequence[Exhibit], answerer: Answerer) -> gr.Blocks:
             [ask.click, instruction.submit], answer, [instruction, context, *options], shown,
             concurrency_limit=1, show_progress="hidden", api_name="answer",
         )  # fmt: skip
-        stop.click(_stopped, notes, notes, cancels=[asked], api_visibility="private")
+        # An update that was on its way would else write over the note.
+        stop.click(None, cancels=[asked]).then(_stopped, notes, notes, api_visibility="private")
     return page
 
 
