@@ -15,6 +15,7 @@ from experiments import (
     explore_command,
     fetch_command,
     generate_command,
+    grow_command,
     report_command,
     sweep_command,
     train_command,
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     making = (fetch_command, compress_command, train_command, sweep_command)
-    using = (report_command, compare, generate_command, chat_command, evaluate_command, explore_command)
+    using = (
+        report_command, compare, generate_command, chat_command, evaluate_command, grow_command, explore_command,
+    )  # fmt: skip
     for command in making + using:
         command.add_parser(commands)
     args = parser.parse_args(argv)

@@ -16,8 +16,8 @@ from rich.table import Table
 from experiments.adapter_options import adapter_options, load_model
 from experiments.drawing import readable
 from experiments.report import NOTHING, perplexity_text
-from experiments.run_folder import ALL_TASKS, RunFolder
-from mops_fl.config import DataConfig, read_section, require_at_least
+from experiments.run_folder import ALL_TASKS, CONFIG, RunFolder
+from mops_fl.config import DataConfig, require_at_least
 from mops_fl.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,10 +77,13 @@ def run(args: argparse.Namespace) -> int:
     """
     for name in ("rows", "max_new_tokens", "batch_size"):
         require_at_least(name.replace("_", "-"), getattr(args, name), 0 if name == "rows" else 1)
-    data = read_rows(args.data, args.tasks, args.rows) if args.data else run_rows(Path(args.adapter), args.rows)
+    if not args.data and not (Path(args.adapter).expanduser() / CONFIG).is_file():
+        raise InputError("Only a run's folder knows its test rows; give rows with --data.")
+    given = read_rows(args.data, args.tasks, args.rows) if args.data else None
     if args.json:
         _write(args.json, {})  # now rather than after an hour
     model = load_model(args)
+    data = given or run_rows(Path(args.adapter).expanduser(), model.description.data, args.rows)
     from mops_fl.encoding import RowEncoder
     from mops_fl.evaluation import by_length, evaluate
 
@@ -90,8 +93,9 @@ def run(args: argparse.Namespace) -> int:
     evaluation = evaluate(model.adaptable, model.adapter, encoded, data.tasks)
     answers = {} if args.no_generation else answer_rows(model, encoded, args.max_new_tokens, args.batch_size)
     scores = score_answers(answers, data)
+    truncated = sum(row.truncated for row in encoded)
     console = Console()
-    console.print(f"{len(encoded)} {data.description}, {sum(row.truncated for row in encoded)} truncated", markup=False)
+    console.print(f"{len(encoded)} rows, {truncated} truncated: {data.description}", markup=False, soft_wrap=True)
     console.print(_table(evaluation, scores, data))
     if args.json:
         _write(args.json, _to_json(args, evaluation, scores, data, answers))
@@ -122,23 +126,26 @@ def read_rows(path: Path, wanted: str, count: int) -> EvaluatedRows:
     rows = spread_rows([row for row in rows if row.task in tasks], count)
     if not rows:
         raise InputError(f"{path} has no rows; give a file that has some.")
-    return EvaluatedRows(f"rows of {path.name}", tasks, rows)
+    return EvaluatedRows(path.name, tasks, rows)
 
 
-def run_rows(run: Path, count: int) -> EvaluatedRows:
+def run_rows(run: Path, data_config: DataConfig, count: int) -> EvaluatedRows:
     """The test rows on which a run measured its perplexity.
 
+    Args:
+        run: its folder, which knows where its data lay and how many rows were measured on.
+        data_config: the rest, of its adapter.
+        count: only so many; 0: all of them.
+
     Raises:
-        InputError: it is no run's folder, or its data are not there any more.
+        InputError: the data are not there any more.
     """
     from mops_fl.data import load_task_data, spread_rows
 
-    if not run.is_dir():
-        raise InputError("Only a run's folder knows its test rows; give rows with --data.")
     config = RunFolder.open(run).config
-    data = load_task_data(read_section(DataConfig, config))
+    data = load_task_data(replace(data_config, data_path=str(config["data-path"])))
     rows = data.evaluation_rows(int(config["eval-rows"]))
-    return EvaluatedRows(f"test rows of {data.description}", data.tasks, spread_rows(rows, count))
+    return EvaluatedRows(f"the run's test rows, {data.description}", data.tasks, spread_rows(rows, count))
 
 
 def answer_rows(model: MopsModel, rows: Sequence[EncodedRow], max_new_tokens: int, batch_size: int) -> dict[int, str]:

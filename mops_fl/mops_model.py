@@ -224,12 +224,13 @@ class MopsModel(PreTrainedModel, GenerationMixin):
         Raises:
             InputError: a cache is given, or the input is to be read in chunks: the gate has to see it whole.
         """
-        if options.get("past_key_values") is not None or options.get("cache_implementation") is not None:
+        given = {**(generation_config.to_diff_dict() if generation_config else {}), **options}
+        if given.get("past_key_values") is not None or given.get("cache_implementation") is not None:
             raise InputError("MopsModel makes its own cache; leave out past_key_values and cache_implementation.")
-        if options.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None):
+        if given.get("prefill_chunk_size"):
             raise InputError("The gate has to see the input whole; leave out prefill_chunk_size.")
         input_ids = options["input_ids"] if inputs is None else inputs
-        if options.get("use_cache", getattr(generation_config, "use_cache", None)) is not False:
+        if given.get("use_cache") is not False:
             options["past_key_values"] = DynamicCache()
         options = {"tokenizer": self.tokenizer, **options, "prompt_length": input_ids.shape[1]}
         return super().generate(inputs, generation_config, **options)  # type: ignore[misc]

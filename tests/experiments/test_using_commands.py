@@ -271,6 +271,11 @@ def test_wrong_evaluations_are_refused(options, reason, run, capsys):
     assert reason in capsys.readouterr().err
 
 
+def test_adapter_without_its_run_knows_no_test_rows(run, capsys):
+    assert main(["evaluate", "--adapter", str(run / "adapter"), "--no-generation"]) == 2
+    assert "give rows with --data" in capsys.readouterr().err
+
+
 def test_card_is_made_from_the_run(run):
     summary = RunFolder.open(run).summary
     card = (run / "adapter/README.md").read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from mops_fl.adapter_folder import AdapterDescription, SavedAdapter
@@ -122,6 +122,19 @@ def test_padded_forward_gives_the_packed_logits(changes, make_model, monkeypatch
         if changes.get("pooling") != "all":
             torch.testing.assert_close(found[-1], expected, rtol=0, atol=1e-4)
     assert logits.shape == (3, 9, 300)
+
+
+@pytest.mark.parametrize("changes", READINGS)
+def test_forward_goes_on_behind_its_cache_one_or_several_tokens_at_a_time(changes, make_model):
+    model = make_model("mistral", 4, **changes)
+    ids = questions((9,))[1]["input_ids"]
+    with torch.no_grad():
+        whole = model(ids, prompt_length=5).logits
+        first = model(ids[:, :5])
+        second = model(ids[:, 5:6], past_key_values=first.past_key_values)
+        third = model(ids[:, 6:], past_key_values=second.past_key_values)
+    parts = torch.cat([part.logits for part in (first, second, third)], 1)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -254,6 +267,8 @@ def test_streaming(make_model):
     ("options", "reason"),
     [
         ({"cache_implementation": "static"}, "its own cache"),
+        ({"generation_config": GenerationConfig(cache_implementation="static")}, "its own cache"),
+        ({"past_key_values": DynamicCache()}, "its own cache"),
         ({"prefill_chunk_size": 4}, "input whole"),
         ({"generation_config": GenerationConfig(prefill_chunk_size=4)}, "input whole"),
     ],
