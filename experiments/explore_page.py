@@ -105,7 +105,8 @@ def _question(exhibits: Sequence[Exhibit]) -> tuple[Any, Any, list[Any], Any, An
                                  placeholder="Shift+Enter asks", elem_id="instruction")  # fmt: skip
         context = gr.Textbox(label="Context, if it is about a text", lines=3, max_lines=8, min_width=300,
                              elem_id="context")  # fmt: skip
-    rows = next((rows for exhibit in exhibits if exhibit.run and (rows := example_rows(exhibit.run))), ())
+    _, model, run = exhibits[1]
+    rows = example_rows(run, model.description.data) if run else ()
     if rows:
         gr.Examples(
             [[row.instruction, row.context] for row in rows], [instruction, context], label="Examples, one a task",
