@@ -14,7 +14,7 @@ from experiments.evaluate_command import run_rows
 from experiments.plots import gate_maps, write_cells
 from experiments.report import PerplexityRow, perplexity_rows, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder, task_names
-from mops_fl.config import DataConfig, read_section
+from mops_fl.config import DataConfig
 from mops_fl.data import Row, read_dolly, spread_rows
 from mops_fl.errors import InputError
 from mops_fl.sources import sample_path
@@ -74,14 +74,14 @@ def perplexity_table(runs: Sequence[RunFolder], labels: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def example_rows(run: RunFolder) -> tuple[Row, ...]:
+def example_rows(run: RunFolder, data: DataConfig) -> tuple[Row, ...]:
     """A row for each of the run's tasks, of the bundled sample or else, if they are on this machine, its test rows."""
     tasks = task_names(run.metrics())
     rows = [row for row in read_dolly(sample_path()) if row.task in tasks]
     if rows:
         return spread_rows(rows, len({row.task for row in rows}))
     try:
-        return run_rows(run.path, read_section(DataConfig, run.config), len(tasks)).rows
+        return run_rows(run.path, data, len(tasks)).rows
     except InputError:
         return ()
 

@@ -77,7 +77,8 @@ def build_page(exhibits: Sequence[Exhibit], answerer: Answerer) -> gr.Blocks:
             [ask.click, instruction.submit], answer, [instruction, context, *options], shown,
             concurrency_limit=1, show_progress="hidden", api_name="answer",
         )  # fmt: skip
-        stop.click(_stopped, notes, notes, cancels=[asked], api_visibility="private")
+        # An update that was on its way would else write over the note.
+        stop.click(None, cancels=[asked]).then(_stopped, notes, notes, api_visibility="private")
     return page
 
 
@@ -104,7 +105,8 @@ def _question(exhibits: Sequence[Exhibit]) -> tuple[Any, Any, list[Any], Any, An
                                  placeholder="Shift+Enter asks", elem_id="instruction")  # fmt: skip
         context = gr.Textbox(label="Context, if it is about a text", lines=3, max_lines=8, min_width=300,
                              elem_id="context")  # fmt: skip
-    rows = next((rows for exhibit in exhibits if exhibit.run and (rows := example_rows(exhibit.run))), ())
+    _, model, run = exhibits[1]
+    rows = example_rows(run, model.description.data) if run else ()
     if rows:
         gr.Examples(
             [[row.instruction, row.context] for row in rows], [instruction, context], label="Examples, one a task",

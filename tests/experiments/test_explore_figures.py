@@ -1,10 +1,13 @@
 """What the page shows beside answers is what the run measured, and what the gate gave the input."""
 
+import json
+
 import numpy as np
 import pytest
 
 from experiments.explore_figures import draw_gate, example_rows, perplexity_table
 from experiments.run_folder import RunFolder
+from mops_fl.config import DataConfig, read_section
 from mops_fl.data import read_dolly
 from mops_fl.sources import sample_path
 
@@ -49,8 +52,8 @@ def test_what_a_run_did_not_measure_is_a_dash(tmp_path, make_run):
     assert last == "| all tasks | 60.00 | 40.00 | **20.00** | – | – |"  # noqa: RUF001
 
 
-def test_examples_are_a_row_of_the_sample_for_each_of_the_runs_tasks(make_run):
-    rows = example_rows(make_run())
+def test_examples_are_a_row_of_the_sample_for_each_of_the_runs_tasks(make_run, run_config):
+    rows = example_rows(make_run(), read_section(DataConfig, run_config()))
     assert len(rows) == 7 == len({row.task for row in rows})
     assert set(rows) <= set(read_dolly(sample_path()))
 
@@ -63,12 +66,11 @@ def test_run_on_other_tasks_shows_its_own_rows_if_they_are_there(there, tmp_path
         run.log(round=0, client_steps=0, split="test", task=task, metric="perplexity", value=9.0, seconds=0)
         if there:
             write_task_file(tmp_path / "tasks" / f"{task}.json")
-    assert [row.task for row in example_rows(run)] == (["task1_a", "task2_b"] if there else [])
+    rows = example_rows(run, read_section(DataConfig, values))
+    assert [row.task for row in rows] == (["task1_a", "task2_b"] if there else [])
 
 
 def write_task_file(path):
-    import json
-
     path.parent.mkdir(exist_ok=True)
     instances = [{"id": f"{number}", "input": f"Question {number}?", "output": ["Yes."]} for number in range(40)]
     task = {
