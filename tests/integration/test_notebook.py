@@ -23,8 +23,9 @@ def test_notebook_runs_top_to_bottom(monkeypatch, tmp_path):
         pytest.skip(str(error))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=500, resources={"metadata": {"path": tmp_path}}).execute()
-    printed = "".join(
-        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
-    )
-    assert "MoPs on SmolLM2-135M-Instruct" in printed
-    assert "FedPrompt" in printed
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+    assert "Test perplexity, MoPs on SmolLM2-135M-Instruct" in shown
+    assert "Test perplexity, FedPrompt on SmolLM2-135M-Instruct" in shown
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert shown.rstrip().endswith("115079 numbers")

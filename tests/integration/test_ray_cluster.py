@@ -10,7 +10,7 @@ from ray.cluster_utils import Cluster
 from clients.resident import _ray_trainers, connect
 from clients.trainer import Trainer
 from mops_fl.adapter_folder import load_adapter
-from mops_fl.payload import INPUT_PROMPTS, Cohort, TrainRequest
+from mops_fl.payload import Cohort, TrainRequest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -38,7 +38,7 @@ def test_cohorts_are_spread_over_the_machines_and_one_that_is_lost_is_replaced(c
     start = trainers.prepare()
     members = [(0, 3), (1, 4), (2,)]
     requests = [
-        TrainRequest(1, Cohort(clients, number, len(members)), start.adapter, start.frozen[INPUT_PROMPTS])
+        TrainRequest(1, Cohort(clients, number, len(members)), start.adapter, start.frozen)
         for number, clients in enumerate(members)
     ]
 
