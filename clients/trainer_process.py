@@ -30,6 +30,7 @@ from mops_fl.errors import InputError
 
 IDLE_SECONDS = 3600.0
 _START_SECONDS = 60.0
+_DYING_SECONDS = 2.0  # a process that is being killed takes connections until its memory is gone
 _SOCKET = "socket"
 _LONGEST_SOCKET_PATH = 107  # bytes, of Linux
 
@@ -54,6 +55,7 @@ class TrainerProcess:
         try:
             succeeded, answer = self._ask(method, args)
         except (EOFError, ConnectionError):  # it died, or ended just now; an answer depends on the request alone
+            time.sleep(_DYING_SECONDS)
             try:
                 succeeded, answer = self._ask(method, args)
             except (EOFError, ConnectionError) as error:
