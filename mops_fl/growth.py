@@ -58,7 +58,9 @@ def fit_gate_row(state: AdapterState, pooled: Tensor, is_new: Tensor) -> Adapter
     # Where new and old rows weigh alike; the penalty holds the weights only.
     bias = others.mean().detach().clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([row, bias], max_iter=500, line_search_fn="strong_wolfe")
-    balance = is_new.float() / is_new.sum() + (~is_new).float() / (~is_new).sum()
+    # As if all tasks were equally frequent, one of them new.
+    num_old = len(state["gate.b2"]) - 1
+    balance = is_new.float() / is_new.sum() + num_old * (~is_new).float() / (~is_new).sum()
 
     def loss() -> Tensor:
         optimizer.zero_grad()
