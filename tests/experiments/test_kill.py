@@ -118,6 +118,7 @@ def outcome(folder):
     return adapter, metrics, {key: value for key, value in summary.items() if key not in INFLUENCED_BY_TIME}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", range(TIMED + AT_FILES))
 def test_run_killed_at_a_random_moment_ends_with_the_same_bits(fork, straight, tmp_path, moment):
     expected, seconds, num_operations = straight
