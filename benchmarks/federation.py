@@ -76,6 +76,7 @@ class Federation:
             frozen=to_record(self._start.frozen),
             rounds_done=0,
             on_round=reports.append,
+            num_experts=self.config.client.adapter.num_experts,
         )
         rounds, grid = self.config.federation.num_server_rounds, inline_grid(app, self.values)
         result = strategy.start(grid=grid, initial_arrays=to_record(self._start.adapter), num_rounds=rounds)

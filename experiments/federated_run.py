@@ -51,14 +51,18 @@ class FederatedRun(Run):
     def _evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
         if self._config.client.trainer.evaluate_on == "server":
             return super()._evaluate(adapter, frozen)
-        config = self._config.client.adapter
-        num_experts = config.num_experts if METHODS[config.method].gated else 0
-        return self._ask_clients(EvaluateRequest(self._setting.tasks, adapter, frozen), num_experts)
+        return self._ask_clients(EvaluateRequest(self._setting.tasks, adapter, frozen), self._num_gated)
 
     def _evaluate_bare(self) -> Evaluation:
         if self._config.client.trainer.evaluate_on == "server":
             return super()._evaluate_bare()
         return self._ask_clients(EvaluateRequest(self._setting.tasks, {}, {}), num_experts=0)
+
+    @property
+    def _num_gated(self) -> int:
+        """Experts that something weighs for each row; 0 without a gate."""
+        config = self._config.client.adapter
+        return config.num_experts if METHODS[config.method].gated else 0
 
     def _ask_clients(self, request: EvaluateRequest, num_experts: int) -> Evaluation:
         nodes = self._sampler.node_of.values()
@@ -79,6 +83,7 @@ class FederatedRun(Run):
             frozen=to_record(checkpoint.frozen),
             rounds_done=rounds_done,
             on_round=self._after_training,
+            num_experts=self._num_gated,
             connected=self._roll_call,
             server=server if federation.server_weight else None,
             server_weight=federation.server_weight,

@@ -150,7 +150,8 @@ class Run(ABC):
     def _finish(self, checkpoint: Checkpoint) -> None:
         with writing(self._folder.path):
             arrays = {**checkpoint.adapter, **checkpoint.frozen}
-            saved = SavedAdapter(self._description(), arrays, model_card(self._folder, self._description()))
+            description = self._description()
+            saved = SavedAdapter(description, arrays, model_card(self._folder, description))
             save_adapter(self._folder.path / RUN_ADAPTER, saved)
             self._write_summary("complete", checkpoint)
             report = write_report(self._folder)

@@ -103,6 +103,7 @@ class FedPrompt(FedAvg):
         frozen: ArrayRecord,
         rounds_done: int,
         on_round: Callable[[RoundReport], None],
+        num_experts: int = 0,
         connected: Callable[[Grid], Collection[int]] = lambda grid: set(grid.get_node_ids()),
         server: Participant | None = None,
         server_weight: float = 0.0,
@@ -117,6 +118,7 @@ class FedPrompt(FedAvg):
             frozen: the input prompts, sent along with every message.
             rounds_done: rounds that an earlier process did; the next one is called `rounds_done + 1`.
             on_round: told about each round's replies.
+            num_experts: experts whose use a reply must report; 0 without a gate.
             connected: the nodes that can be asked now.
             server: trains on the server's own rows in every round, beside the clients; None if it does not.
             server_weight: what it counts in the average, in clients of its size.
@@ -129,6 +131,7 @@ class FedPrompt(FedAvg):
         self._frozen = frozen
         self._rounds_done = rounds_done
         self._on_round = on_round
+        self._num_experts = num_experts
         self._connected = connected
         self._server = server
         self._server_weight = server_weight
@@ -210,15 +213,11 @@ class FedPrompt(FedAvg):
         """
         check_result(content, self._sent, self._acceptance.limits)
         metrics: Any = content.metric_records[METRICS]
-        if len(metrics["gate-mass"]) != self.num_experts(self._sent):
-            raise InputError(f"Metric gate-mass is {metrics['gate-mass']}, not {self.num_experts(self._sent)} numbers.")
+        if len(metrics["gate-mass"]) != self._num_experts:
+            raise InputError(f"Metric gate-mass is {metrics['gate-mass']}, not {self._num_experts} numbers.")
         if metrics["num-examples"] > self._sampler.num_examples_of[client]:
             known = self._sampler.num_examples_of[client]
             raise InputError(f"Metric num-examples is {metrics['num-examples']}; the client told of {known} at first.")
-
-    def num_experts(self, arrays: ArrayRecord) -> int:
-        """Experts whose use a reply must report: none, without a gate."""
-        return 0
 
     def _weigh(self, content: RecordDict, factor: float) -> None:
         metrics: Any = content.metric_records[METRICS]

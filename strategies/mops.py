@@ -5,7 +5,6 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
 from mops_fl.payload import ARRAYS, METRICS
-from mops_fl.routing import EXPERTS
 from strategies.fedprompt import FedPrompt
 from strategies.totals import WEIGHT
 
@@ -18,14 +17,9 @@ class MoPs(FedPrompt):
     as weights, so that a client whose gate never used it does not drag it back. Gates are averaged plainly.
     """
 
-    def num_experts(self, arrays: ArrayRecord) -> int:
-        """One mass for each expert that rows can be routed to, by the gate or by neighbours."""
-        return arrays["gate.b2"].shape[0] if "gate.b2" in arrays else self._frozen[EXPERTS].shape[1]
-
     def drift(self, adapters: list[dict[str, NDArray[np.float32]]]) -> dict[str, float]:
         """Beside that of everything, that of each expert's prompts."""
-        num_experts = self.num_experts(self._sent)
-        variance = np.stack([adapter["prompts"] for adapter in adapters]).var(0).reshape(num_experts, -1)
+        variance = np.stack([adapter["prompts"] for adapter in adapters]).var(0).reshape(self._num_experts, -1)
         per_expert = {f"drift-expert-{e}": float(np.sqrt(v.mean())) for e, v in enumerate(variance)}
         return super().drift(adapters) | per_expert
 

@@ -62,9 +62,7 @@ def private_mean(config: NoiseConfig, clients_per_round: int) -> Aggregate:
     strategy = DifferentialPrivacyServerSideFixedClipping(
         FedAvg(weighted_by_key=WEIGHT, train_metrics_aggr_fn=sum_metrics),
         config.noise_multiplier,
-        np.float64(
-            config.clip_norm
-        ),  # Flower divides it by an update's length, which may be 0: no error with this type
+        np.float64(config.clip_norm),  # divided by an update's length, which may be 0: no error with this type
         clients_per_round,
     )
 

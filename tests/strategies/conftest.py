@@ -41,6 +41,7 @@ class Round:
         max_norm_ratio: float = 0.0,
         min_replies: int = 1,
         absent: Collection[int] = (),
+        num_experts: int = 0,
     ) -> None:
         clients = {90 + i: ClientInfo(i, 10, "shared") for i in range(num_clients)}
         self.reports: list[RoundReport] = []
@@ -53,6 +54,7 @@ class Round:
             frozen=to_record(FROZEN),
             rounds_done=rounds_done,
             on_round=self.reports.append,
+            num_experts=num_experts,
         )
         self.messages = list(self.strategy.configure_train(1, to_record(adapter), ConfigRecord(), grid=None))
 

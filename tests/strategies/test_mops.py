@@ -16,7 +16,7 @@ def result(gate_mass, gate=(0.0, 0.0)):
 
 
 def test_experts_and_gate_are_averaged_and_gate_mass_summed(ask):
-    asked = ask(MoPs, START, num_clients=2)
+    asked = ask(MoPs, START, num_clients=2, num_experts=2)
     replies = [asked.reply(0, result((0.5, 1.5), gate=(4, 1))), asked.reply(1, result((2.0, 0.0), gate=(0, 2)))]
     arrays, totals = asked.strategy.aggregate_train(1, replies)
     assert arrays["gate.b2"].numpy().tolist() == [2.0, 1.5]
@@ -31,7 +31,7 @@ def reply_with_prompts(values, gate_mass, gate=(0.0, 0.0)):
 
 def test_gate_mass_weighs_each_experts_prompts_by_its_use(ask):
     start = {"prompts": np.zeros((4, 1), np.float32), "gate.b2": np.zeros(2, np.float32)}  # two prompts an expert
-    asked = ask(MoPs, start, num_clients=2, weighting="gate-mass")
+    asked = ask(MoPs, start, num_clients=2, num_experts=2, weighting="gate-mass")
     replies = [
         asked.reply(0, reply_with_prompts([1, 2, 3, 4], (3.0, 0.0), gate=(4, 0))),
         asked.reply(1, reply_with_prompts([5, 6, 7, 8], (1.0, 2.0), gate=(0, 2))),
@@ -45,7 +45,7 @@ def test_gate_mass_weighs_each_experts_prompts_by_its_use(ask):
 
 def test_expert_that_nobody_used_is_averaged_plainly(ask):
     start = {"prompts": np.zeros((4, 1), np.float32), "gate.b2": np.zeros(2, np.float32)}
-    asked = ask(MoPs, start, num_clients=2, weighting="gate-mass")
+    asked = ask(MoPs, start, num_clients=2, num_experts=2, weighting="gate-mass")
     replies = [asked.reply(i, reply_with_prompts([i, i, 2 * i, 4 * i], (1.0, 0.0))) for i in (0, 1)]
     arrays, _ = asked.strategy.aggregate_train(1, replies)
     assert arrays["prompts"].numpy().ravel().tolist() == [0.5, 0.5, 1.0, 2.0]
@@ -53,7 +53,7 @@ def test_expert_that_nobody_used_is_averaged_plainly(ask):
 
 def test_drift_is_the_distance_of_the_clients_from_their_mean_by_expert(ask):
     start = {"prompts": np.zeros((4, 1), np.float32), "gate.b2": np.zeros(2, np.float32)}
-    asked = ask(MoPs, start, num_clients=2)
+    asked = ask(MoPs, start, num_clients=2, num_experts=2)
     replies = [
         asked.reply(0, reply_with_prompts([1, 2, 3, 3], (1.0, 1.0))),
         asked.reply(1, reply_with_prompts([1, 2, 5, 9], (1.0, 1.0))),
@@ -69,7 +69,7 @@ def test_equal_use_is_the_plain_mean(ask):
     results = [reply_with_prompts(np.arange(4) * (i + 1), (1.5, 0.5)) for i in range(3)]
     outcomes = []
     for weighting in ("uniform", "gate-mass"):
-        asked = ask(MoPs, start, num_clients=3, weighting=weighting)
+        asked = ask(MoPs, start, num_clients=3, num_experts=2, weighting=weighting)
         arrays, _ = asked.strategy.aggregate_train(1, [asked.reply(i, one) for i, one in enumerate(results)])
         outcomes.append({name: array.numpy() for name, array in arrays.items()})
     for name, plain in outcomes[0].items():
@@ -78,7 +78,7 @@ def test_equal_use_is_the_plain_mean(ask):
 
 @pytest.mark.parametrize("gate_mass", [(), (2.0,), (1.0, 0.5, 0.5), (2.1, -0.1), (float("nan"), 1.0)])
 def test_reply_without_a_mass_for_each_expert_is_refused(ask, gate_mass):
-    asked = ask(MoPs, START, num_clients=2)
+    asked = ask(MoPs, START, num_clients=2, num_experts=2)
     _, totals = asked.strategy.aggregate_train(
         1, [asked.reply(0, result(gate_mass)), asked.reply(1, result((1.0, 1.0)))]
     )
@@ -89,7 +89,7 @@ def test_reply_without_a_mass_for_each_expert_is_refused(ask, gate_mass):
 
 
 def test_mops_refuses_what_fedprompt_refuses(ask):
-    asked = ask(MoPs, START, num_clients=1)
+    asked = ask(MoPs, START, num_clients=1, num_experts=2)
     with pytest.raises(RoundError, match="not finite"):
         asked.strategy.aggregate_train(1, [asked.reply(0, result((1.0, 1.0), gate=(np.inf, 0)))])
 
