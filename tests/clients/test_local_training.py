@@ -212,6 +212,7 @@ def test_one_client_federated_is_the_same_client_trained_centrally(build, method
         frozen=to_record({}),
         rounds_done=0,
         on_round=lambda report: None,
+        num_experts=ADAPTER.num_experts if GATED.get(method) else 0,
         connected=lambda grid: {7},
     )
     sent = to_record({name: tensor.numpy() for name, tensor in state.items()})
