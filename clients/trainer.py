@@ -162,16 +162,14 @@ class Trainer:
         return evaluate_bare(backbone, rows, self._data.tasks, spread=self._lanes.map)
 
     def evaluate_client(self, partition_id: int, request: EvaluateRequest) -> EvaluateResult:
-        """Measure an adapter, or the backbone alone, on the rows that this client keeps back.
-
-        Raises:
-            InputError: it keeps none.
-        """
+        """Measure an adapter, or the backbone alone, on the rows that this client keeps back; sums of 0 without any."""
         with self._lock:
             rows = self._encode(self._owners.rows_of(partition_id)[1])
             model = self._adaptable_model(request.frozen) if request.adapter else None
         if not rows:
-            raise InputError(f"Client {partition_id} has no rows to be measured on; give it two of a task at least.")
+            nothing = (0,) * len(request.tasks)
+            num_gated = self._config.adapter.num_experts if model is not None and self._method.gated else 0
+            return EvaluateResult(nothing, nothing, nothing, nothing * num_gated)
         tasks, spread = self._data.tasks, self._lanes.map
         if model is None:
             measured = evaluate_bare(self._backbone, rows, tasks, spread=spread)

@@ -43,6 +43,7 @@ class Progress:
         bytes_down: arrays sent to clients.
         failures: replies that failed, were refused or never came.
         failures_by_client: of those how many were each client's, by its partition id.
+        evaluations_missing: clients that did not measure when asked to, each time counted.
         perplexity_bare: of the backbone without prompts, per task and `all`.
         perplexity_before: before round 1.
         perplexity: last measured.
@@ -57,6 +58,7 @@ class Progress:
     bytes_down: int = 0
     failures: int = 0
     failures_by_client: dict[str, int] = field(default_factory=dict)
+    evaluations_missing: int = 0
     perplexity_bare: dict[str, float] = field(default_factory=dict)
     perplexity_before: dict[str, float] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def evaluate_on_clients(
     grid: Grid, node_ids: Iterable[int], request: EvaluateRequest, *, num_experts: int, timeout_seconds: float
-) -> Evaluation:
+) -> tuple[Evaluation, int]:
     """Ask all nodes and add their sums up; a node without a usable answer is left out, with a warning.
 
     Args:
@@ -31,8 +31,11 @@ def evaluate_on_clients(
         num_experts: experts of the adapter's gate, 0 without one.
         timeout_seconds: how long to wait for all of them.
 
+    Returns:
+        The measurement, and how many clients it is of.
+
     Raises:
-        RoundError: there is no usable answer.
+        RoundError: there is no usable answer, or none with rows.
     """
     content = encode_evaluate_request(request)
     questions = [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node_id) for node_id in node_ids]
@@ -47,7 +50,7 @@ def evaluate_on_clients(
             logger.warning("Node %d could not evaluate: %s", node_id, error)
     if not results:
         raise RoundError(f"None of {len(questions)} clients could evaluate; the warnings above say why.")
-    if missing := len(questions) - len(results):
-        logger.warning("The perplexity is that of %d clients; %d could not evaluate", len(results), missing)
+    if not any(sum(result.num_tokens) for result in results.values()):
+        raise RoundError("No client keeps rows back to measure on; give each two of a task at least.")
     # In one order, since a sum of floats depends on it.
-    return Evaluation.of_sums(request.tasks, [results[node_id] for node_id in sorted(results)])
+    return Evaluation.of_sums(request.tasks, [results[node_id] for node_id in sorted(results)]), len(results)

@@ -1,5 +1,6 @@
 """A federated run on the server: the strategy trains the rounds over a Grid."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -22,6 +23,8 @@ from strategies.fedprompt import Acceptance
 from strategies.privacy import private_mean, spent_epsilon
 from strategies.registry import STRATEGIES
 from strategies.sampling import ClientSampler
+
+logger = logging.getLogger(__name__)
 
 
 class FederatedRun(Run):
@@ -51,12 +54,14 @@ class FederatedRun(Run):
     def _evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
         if self._config.client.trainer.evaluate_on == "server":
             return super()._evaluate(adapter, frozen)
-        return self._ask_clients(EvaluateRequest(self._setting.tasks, adapter, frozen), self._num_gated)
+        evaluation, missing = self._ask_clients(EvaluateRequest(self._setting.tasks, adapter, frozen), self._num_gated)
+        self._log("test", "missing-clients", missing)
+        return evaluation
 
     def _evaluate_bare(self) -> Evaluation:
         if self._config.client.trainer.evaluate_on == "server":
             return super()._evaluate_bare()
-        return self._ask_clients(EvaluateRequest(self._setting.tasks, {}, {}), num_experts=0)
+        return self._ask_clients(EvaluateRequest(self._setting.tasks, {}, {}), num_experts=0)[0]
 
     @property
     def _num_gated(self) -> int:
@@ -64,10 +69,21 @@ class FederatedRun(Run):
         config = self._config.client.adapter
         return config.num_experts if METHODS[config.method].gated else 0
 
-    def _ask_clients(self, request: EvaluateRequest, num_experts: int) -> Evaluation:
+    def _ask_clients(self, request: EvaluateRequest, num_experts: int) -> tuple[Evaluation, int]:
+        """What the connected clients measure, and how many are missing from it."""
+        connected = self._roll_call(self._grid)
         nodes = self._sampler.node_of.values()
-        seconds = self._config.federation.round_timeout
-        return evaluate_on_clients(self._grid, nodes, request, num_experts=num_experts, timeout_seconds=seconds)
+        evaluation, num_measured = evaluate_on_clients(
+            self._grid,
+            [node_id for node_id in nodes if node_id in connected],
+            request,
+            num_experts=num_experts,
+            timeout_seconds=self._config.federation.round_timeout,
+        )
+        if missing := len(nodes) - num_measured:
+            self._progress.evaluations_missing += missing
+            logger.warning("The perplexity is that of %d of %d clients.", num_measured, len(nodes))
+        return evaluation, missing
 
     def _train(self, checkpoint: Checkpoint) -> None:
         federation, rounds_done = self._config.federation, self._progress.rounds_done
@@ -131,4 +147,6 @@ class FederatedRun(Run):
 
     def _results(self) -> dict[str, object]:
         results: dict[str, object] = {"aggregation": self._config.aggregation.aggregation}
+        if self._config.client.trainer.evaluate_on == "clients":
+            results["evaluations_missing"] = self._progress.evaluations_missing
         return results | ({"privacy": self._privacy()} if self._config.noise.clip_norm else {})

@@ -56,7 +56,7 @@ def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> di
 class RollCall:
     """Who is connected before a round, with the clients that have come back under another node id.
 
-    A SuperNode that was started again is another node to the SuperLink.
+    A SuperNode that was started again is another node to the SuperLink, unless it authenticates itself.
     """
 
     def __init__(self, sampler: ClientSampler) -> None:
@@ -80,8 +80,15 @@ class RollCall:
             return
         for node_id, info in answers.items():
             # Whoever claims to be a client that is still connected is not believed.
-            if info.partition_id in gone:
-                self._sampler.move(node_id, info)
+            returned = [client for client in sorted(gone) if self._is(client, info)]
+            if returned:
+                gone.remove(returned[0])
+                self._sampler.move(returned[0], node_id, info.trainer)
+
+    def _is(self, client: int, info: ClientInfo) -> bool:
+        if info.partition_id == NOT_NUMBERED:  # its number was the server's; its rows tell it from the others
+            return self._sampler.clients[client].own_rows == info.own_rows
+        return client == info.partition_id
 
 
 def with_own_rows(setting: Setting, clients: Mapping[int, ClientInfo]) -> Setting:

@@ -166,6 +166,7 @@ def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("sent by the clients", bytes_text(summary.get("bytes_up"))),
         ("sent to the clients", bytes_text(summary.get("bytes_down"))),
         ("failed client replies", count_text(summary.get("failures"))),
+        ("missing client measurements", count_text(summary.get("evaluations_missing"))),
         ("rows truncated", count_text(summary.get("truncated_rows"))),
         ("device", str(summary.get("device", NOTHING))),
         ("number format", str(summary.get("dtype", NOTHING))),

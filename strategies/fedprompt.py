@@ -215,8 +215,7 @@ class FedPrompt(FedAvg):
         metrics: Any = content.metric_records[METRICS]
         if len(metrics["gate-mass"]) != self._num_experts:
             raise InputError(f"Metric gate-mass is {metrics['gate-mass']}, not {self._num_experts} numbers.")
-        if metrics["num-examples"] > self._sampler.num_examples_of[client]:
-            known = self._sampler.num_examples_of[client]
+        if metrics["num-examples"] > (known := self._sampler.clients[client].num_examples):
             raise InputError(f"Metric num-examples is {metrics['num-examples']}; the client told of {known} at first.")
 
     def _weigh(self, content: RecordDict, factor: float) -> None:

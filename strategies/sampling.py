@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,8 +17,8 @@ class ClientSampler:
     Flower's own sampling draws node ids with the global generator, and node ids are random in every run.
 
     Attributes:
+        clients: partition id -> what the client said of itself at first; where it is trained follows it when it moves.
         node_of: partition id -> node id, of the clients that have rows; the others are never asked.
-        num_examples_of: partition id -> rows that the client said it holds.
     """
 
     def __init__(
@@ -40,16 +41,15 @@ class ClientSampler:
                 f"`clients-per-round` is {clients_per_round}, but only {len(self.node_of)} of {len(clients)} clients "
                 "have rows; lower it, or give more rows."
             )
-        self.num_examples_of = {info.partition_id: info.num_examples for info in clients.values()}
-        self._trainer_of = {info.partition_id: info.trainer for info in clients.values()}
+        self.clients = {info.partition_id: info for info in clients.values()}
         self._clients_per_round = clients_per_round
         self._cohort_size = cohort_size
         self._seed = seed
 
-    def move(self, node_id: int, info: ClientInfo) -> None:
-        """From now on a client is asked at another node; what it says of its rows still counts as it was at first."""
-        self.node_of[info.partition_id] = node_id
-        self._trainer_of[info.partition_id] = info.trainer
+    def move(self, client: int, node_id: int, trainer: str) -> None:
+        """From now on a client is asked at another node; what it said of its rows at first still counts."""
+        self.node_of[client] = node_id
+        self.clients[client] = replace(self.clients[client], trainer=trainer)
 
     def most_participations(self, num_rounds: int) -> int:
         """In how many of the first rounds the client was sampled that was sampled most often."""
@@ -61,8 +61,8 @@ class ClientSampler:
         """A round's clients, dealt in turn into as few cohorts as their size allows, each on one trainer."""
         sampled = self._sample(server_round)
         cohorts = []
-        for trainer in sorted({self._trainer_of[client] for client in sampled}):
-            members = [client for client in sampled if self._trainer_of[client] == trainer]
+        for trainer in sorted({self.clients[client].trainer for client in sampled}):
+            members = [client for client in sampled if self.clients[client].trainer == trainer]
             count = math.ceil(len(members) / self._cohort_size)
             cohorts += [Cohort(tuple(members[number::count]), number, count) for number in range(count)]
         return cohorts

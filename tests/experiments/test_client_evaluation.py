@@ -5,6 +5,7 @@ import pytest
 from flwr.app import Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from clients.trainer import Trainer
 from experiments import run as run_module
 from experiments.app_folder import AppFolder
 from experiments.central_run import run_centrally
@@ -59,7 +60,8 @@ def ask(answers, num_experts=2):
 
 
 def test_sums_of_all_clients_are_one_measurement():
-    measured = ask({7: encode_evaluate_result(HERE), 5: encode_evaluate_result(THERE)})
+    measured, num_clients = ask({7: encode_evaluate_result(HERE), 5: encode_evaluate_result(THERE)})
+    assert num_clients == 2
     assert measured == Evaluation(
         tasks=("qa", "chat"), loss_sum=(10.0, 2.0), num_tokens=(5, 4), gate=((0.5, 0.5), (0.25, 0.75))
     )
@@ -68,12 +70,20 @@ def test_sums_of_all_clients_are_one_measurement():
 
 def test_client_without_a_usable_answer_is_left_out_with_a_warning(caplog):
     broken = RecordDict({METRICS: MetricRecord({"loss-sum": [1.0]})})
-    measured = ask({5: encode_evaluate_result(THERE), 6: Error(2, "no rows"), 7: broken})
+    measured, num_clients = ask({5: encode_evaluate_result(THERE), 6: Error(2, "no rows"), 7: broken})
+    assert num_clients == 1
     assert measured.loss_sum == (4.0, 0.0)
     assert "Node 6 could not evaluate: no rows" in caplog.text
     assert "Node 7 could not evaluate: The reply does not hold exactly the sums" in caplog.text
     with pytest.raises(RoundError, match="None of 1 clients could evaluate"):
         ask({6: Error(2, "no rows")})
+
+
+def test_clients_that_keep_no_rows_back_add_nothing():
+    nothing = encode_evaluate_result(EvaluateResult((0, 0), (0, 0), (0, 0), (0, 0, 0, 0)))
+    assert ask({5: nothing, 7: encode_evaluate_result(HERE)})[0] == ask({7: encode_evaluate_result(HERE)})[0]
+    with pytest.raises(RoundError, match="No client keeps rows back"):
+        ask({5: nothing})
 
 
 @pytest.mark.parametrize(
@@ -121,8 +131,6 @@ def test_nodes_with_rows_of_their_own_are_numbered_by_node_id():
 
 
 def test_task_that_the_server_does_not_know_is_refused(run_config):
-    from clients.trainer import Trainer
-
     setting = Trainer(run_config({"partitioner": "own-rows", "num-clients": 2})).setting()
     here = {50: ClientInfo(0, 2, "a", {"open_qa": 2}), 70: ClientInfo(1, 1, "b", {"brainstorming": 1})}
     manifest = with_own_rows(setting, here).manifest
@@ -156,6 +164,26 @@ def test_simulated_clients_measure_on_rows_that_they_keep_back(values, tmp_path,
     assert len({summary[stage]["all"] for stage in ("perplexity_bare", "perplexity_before", "perplexity")}) >= 2
     gate = [line for line in folder.metrics() if line["metric"].startswith("gate-expert-")]
     assert bool(gate) == (method == "mops")
+    assert summary["evaluations_missing"] == 0
+
+
+def test_client_that_cannot_measure_is_counted(values, tmp_path, monkeypatch, caplog):
+    whole, asked = Trainer.evaluate_client, []
+
+    def breaks_once(trainer, *args):
+        asked.append(args)
+        if len(asked) == 18:  # ten clients measure the bare model, then round 0
+            raise MemoryError("no memory left")
+        return whole(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "evaluate_client", breaks_once)
+    run_inline(AppFolder.find("experiments.dolly"), values(evaluate_on="clients"), catch_signals=lambda: None)
+    folder = RunFolder.open(tmp_path / "run")
+    assert (folder.summary or {})["evaluations_missing"] == 1
+    missing = [line["value"] for line in folder.metrics() if line["metric"] == "missing-clients"]
+    assert missing == [1, 0]
+    assert "no memory left" in caplog.text
+    assert "The perplexity is that of 9 of 10 clients." in caplog.text
 
 
 def test_simulation_has_no_rows_of_its_clients_own(values):

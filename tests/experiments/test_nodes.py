@@ -91,6 +91,18 @@ def test_client_that_came_back_as_another_node_is_asked_there():
     assert sampler.node_of == {0: 10, 1: 77}
 
 
+def test_clients_with_rows_of_their_own_are_known_again_by_them():
+    def own(**per_task):
+        return ClientInfo(-1, sum(per_task.values()), "new", per_task)
+
+    before = find_clients(FakeGrid({n: encode_info(own(qa=n, chat=1)) for n in (10, 11, 12)}), 3, patience_seconds=0.1)
+    sampler = sampler_of(before)
+    back = {10: info(0), 77: encode_info(own(qa=12, chat=1)), 78: encode_info(own(qa=12, chat=1))}
+    assert RollCall(sampler)(FakeGrid(back)) == {10, 77, 78}
+    # Two say that they are the third; one is believed. Nobody is the second.
+    assert sampler.node_of == {0: 10, 1: 11, 2: 77}
+
+
 def test_stranger_that_claims_to_be_a_connected_client_is_not_believed():
     sampler = sampler_of({10: ClientInfo(0, 4, "a"), 11: ClientInfo(1, 4, "b")})
     RollCall(sampler)(FakeGrid({10: info(0), 77: info(0)}))

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -83,3 +84,12 @@ def test_more_clients_per_round_than_have_rows_are_refused():
     assert sorted(members(rounds(nodes(6, empty=(0,)), count=1)[0])) == [1, 2, 3, 4, 5]
     with pytest.raises(InputError, match="`clients-per-round` is 5, but only 4 of 6 clients have rows"):
         rounds(nodes(6, empty=(0, 3)))
+
+
+def test_client_that_moved_is_asked_at_its_new_node_and_trained_by_its_new_trainer():
+    sampler = ClientSampler(nodes(2), clients_per_round=2, cohort_size=2, seed=0)
+    before = sampler.clients[1]
+    sampler.move(1, 555, "elsewhere")
+    assert sampler.node_of == {0: 100, 1: 555}
+    assert sampler.clients[1] == replace(before, trainer="elsewhere")
+    assert {cohort.members for cohort in sampler.cohorts(1)} == {(0,), (1,)}
