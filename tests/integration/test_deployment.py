@@ -27,7 +27,7 @@ from mops_fl.data import DOLLY_TASKS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-APP = Path(experiments.__file__).parent / "dolly"
+APPS = Path(experiments.__file__).parent
 # `flwr run` whose bundle is changed after it was built and signed off by its own list of hashes.
 EDITED_RUN = """
 import importlib, io, sys, zipfile
@@ -83,11 +83,11 @@ def supernode(deployment):
 def flwr_run(deployment, run_config, tmp_path):
     """``flwr_run(**changes)``: submit a tiny run into ``tmp_path / "run"`` and wait for its end."""
 
-    def submit(*command, **changes):
+    def submit(*command, app="dolly", **changes):
         values = run_config({name.replace("_", "-"): value for name, value in changes.items()})
         values["output-dir"] = str(tmp_path / "run")
         (tmp_path / "values.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
-        arguments = ["run", APP, CONNECTION, "--stream", "--run-config", tmp_path / "values.toml"]
+        arguments = ["run", APPS / app, CONNECTION, "--stream", "--run-config", tmp_path / "values.toml"]
         finished = subprocess.run(
             [*(command or ["flwr"]), *map(str, arguments)],
             env=deployment.environment, capture_output=True, text=True, check=False,
@@ -131,6 +131,15 @@ def own_rows(path, site, tasks):
     return path
 
 
+def own_task_files(folder, tasks):
+    folder.mkdir()
+    for task in tasks:
+        instances = [{"input": f"{task}: {n} and {n}?", "output": [str(2 * n)]} for n in range(6)]
+        content = {"Definition": ["Add them up."], "Instances": instances}
+        (folder / f"{task}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
 def trainers():
     found = {}
     for process in psutil.process_iter(["cmdline"]):
@@ -168,6 +177,23 @@ def test_clients_train_on_their_own_files_which_never_leave_them(deployment, sup
     shutil.rmtree(tmp_path / "run")
     flwr_run(**settings, seed=0)
     assert {pid: created for pid, created in trainers().items() if pid not in before} == started
+
+
+def test_clients_train_on_their_own_folders_of_task_files(deployment, supernode, flwr_run, tmp_path):
+    for name, tasks in {"tasks-a": ("task1", "task2"), "tasks-b": ("task2", "task3")}.items():
+        deployment.register(name)
+        supernode(name, {"data-path": str(own_task_files(tmp_path / name, tasks))})
+    servers = own_task_files(tmp_path / "server", ("task1", "task2", "task3"))
+    output = flwr_run(
+        app="super_ni", dataset="super-ni", data_path=str(servers),
+        num_clients=2, clients_per_round=2, partitioner="own-rows", evaluate_on="clients", num_experts=3,
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["status"] == "complete", output
+    assert (summary["failures"], summary["evaluations_missing"]) == (0, 0)
+    assert set(summary["perplexity"]) == {"all", "task1", "task2", "task3"}
+    clients = json.loads((tmp_path / "run" / "partition.json").read_text(encoding="utf-8"))["clients"]
+    assert sorted(list(client["per-task"].values()) for client in clients) == [[0, 5, 5], [5, 5, 0]]
 
 
 def test_supernode_whose_key_is_not_registered_is_refused(deployment, supernode):
