@@ -39,7 +39,7 @@ check: lint test
 
 # Half an hour on two cores. Nothing else should run.
 bench: fetch
-	for name in step_speed step_profile round_speed cohort_rounding generate_speed; do \
+	for name in step_speed step_profile round_speed cohort_rounding generate_speed first_message; do \
 	  $(BIN)/python -m benchmarks.$$name --json runs/benchmarks/$$name.json || exit 1; done
 	for what in memory rounds; do \
 	  $(BIN)/python -m benchmarks.simulation_cost $$what --json runs/benchmarks/simulation_$$what.json || exit 1; done
