@@ -34,13 +34,12 @@ def sweep_markdown(sweep: Sweep, finished: Mapping[tuple[str, str], Sequence[Run
     lines += [_line(["", "bare model", *sweep.methods, *gains]), _line(["---"] * (2 + len(sweep.methods) + len(gains)))]
     for row in sweep.rows:
         runs = [finished[row, method] for method in sweep.methods]
-        means = [_mean(of_method) for of_method in runs]
         cells = [
             _cell(of_method, sweep.paper.get(row, {}).get(method))
             for method, of_method in zip(sweep.methods, runs, strict=True)
         ]
         bare = next((run.results()["perplexity_bare"][ALL_TASKS] for of in runs for run in of), None)
-        gain = [percent_text(gain_percent(means[0], mean)) for mean in means[1:]]
+        gain = [percent_text(_gain(runs[0], of_method)) for of_method in runs[1:]]
         lines.append(_line([row, perplexity_text(bare), *cells, *gain]))
     lines += [
         "",
@@ -73,6 +72,13 @@ def _final(run: RunFolder) -> float:
 
 def _mean(runs: Sequence[RunFolder]) -> float | None:
     return statistics.fmean(map(_final, runs)) if runs else None
+
+
+def _gain(first: Sequence[RunFolder], other: Sequence[RunFolder]) -> float | None:
+    """Of the means over the seeds that both have."""
+    common = {run.config["seed"] for run in first} & {run.config["seed"] for run in other}
+    means = (_mean([run for run in runs if run.config["seed"] in common]) for runs in (first, other))
+    return gain_percent(*means)
 
 
 def _cell(runs: Sequence[RunFolder], paper: float | None) -> str:

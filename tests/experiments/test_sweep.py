@@ -9,7 +9,7 @@ import experiments
 from experiments import run as run_module
 from experiments import sweep_command
 from experiments.cli import main
-from experiments.report import NOTHING, perplexity_text
+from experiments.report import NOTHING, percent_text, perplexity_text
 from experiments.run_folder import RunFolder
 from experiments.sweep import read_sweep
 from mops_fl.errors import InputError
@@ -84,6 +84,16 @@ def test_only_the_chosen_runs_are_run(sweep, content, tmp_path):
     assert sweep(content, "--only", "7-*-fedprompt-seed1") == 0
     assert set(summaries(tmp_path)) == {"7-experts-fedprompt-seed1"}
     assert sweep(content, "--only", "8-*") == 2
+
+
+def test_gain_is_over_the_seeds_that_both_methods_have(sweep, content, tmp_path):
+    content["rows"] = {"7 experts": {}}
+    assert sweep(content, "--only", "*-fedprompt-*") == 0
+    assert sweep(content, "--only", "*-mops-*-seed1") == 0
+    found = {name: summary["perplexity"]["all"] for name, summary in summaries(tmp_path).items()}
+    first, other = found["7-experts-fedprompt-seed1"], found["7-experts-mops-central-seed1"]
+    assert found["7-experts-fedprompt-seed0"] != first
+    assert f"| {percent_text(100 * (first - other) / first)} |" in (tmp_path / "out" / "sweep.md").read_text()
 
 
 def test_report_of_a_sweep_runs_nothing(sweep, content, tmp_path, monkeypatch, capsys):
