@@ -9,6 +9,7 @@ repetition has a launcher, and so a trainer process, of its own. Beside the whol
 
 import multiprocessing
 import pickle
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,7 @@ def main() -> None:
     figures = []
     for number, name in ROUNDS.items():
         whole, training = zip(*(one[number] for one in measured), strict=True)
-        figures.append(Figure(name, "s", whole, f"of it training {sorted(training)[len(training) // 2]:.2f} s"))
+        figures.append(Figure(name, "s", whole, f"of it training {statistics.median(training):.2f} s"))
     report(f"Messages to a SuperNode, {NUM_STEPS} steps each", figures, options.json)
 
 

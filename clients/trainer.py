@@ -168,7 +168,7 @@ class Trainer:
             model = self._adaptable_model(request.frozen) if request.adapter else None
         if not rows:
             nothing = (0,) * len(request.tasks)
-            num_gated = self._config.adapter.num_experts if model is not None and self._method.gated else 0
+            num_gated = self._config.adapter.num_experts if request.adapter and self._method.gated else 0
             return EvaluateResult(nothing, nothing, nothing, nothing * num_gated)
         tasks, spread = self._data.tasks, self._lanes.map
         if model is None:
