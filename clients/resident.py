@@ -91,6 +91,7 @@ class _RayTrainers:
                 get_if_exists=True,
                 num_cpus=0,
                 num_gpus=1 if gpus else 0,
+                memory=1,  # one that asks for nothing Ray starts anywhere, whatever its strategy
                 max_restarts=_MAX_RESTARTS,
                 max_task_retries=_MAX_RETRIES,
                 max_concurrency=_MAX_WAITING_CALLS,
