@@ -125,9 +125,9 @@ class Training:
         self._seconds += time.monotonic() - began
 
     def optimizer_state(self) -> AdapterState:
-        """Adam's moments and step count of each parameter, as `parameter/moment`."""
+        """Adam's moments and step count of each parameter, as `parameter/moment`, on the CPU."""
         state = {name: self._optimizer.state[parameter] for name, parameter in self._adapter.trainable().items()}
-        return {f"{name}/{moment}": value for name, of in state.items() for moment, value in of.items()}
+        return {f"{name}/{moment}": value.cpu() for name, of in state.items() for moment, value in of.items()}
 
     def go_on(self, steps_done: int, optimizer_state: AdapterState) -> None:
         """Take up a training that was stopped; its adapter is the one that this one was given.
@@ -142,7 +142,10 @@ class Training:
         parameters = self._adapter.trainable()
         for key, value in optimizer_state.items():
             name, _, moment = key.rpartition("/")
-            self._optimizer.state[parameters[name]][moment] = value
+            of_parameter = value.dim() > 0  # Adam's count of steps stays on the CPU
+            self._optimizer.state[parameters[name]][moment] = (
+                value.to(parameters[name].device) if of_parameter else value
+            )
 
     def results(self) -> list[TrainResult]:
         """One result per client, in the order they were given; sums are over the steps since the last call."""

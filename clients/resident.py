@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ _MAX_WAITING_CALLS = 1000
 # A trainer that dies is started again, and what it was asked is asked again; but one that dies so often over the same
 # work will always die of it.
 _MAX_RESTARTS, _MAX_RETRIES = 100, 5
+_BUILDING = threading.Lock()
 
 
 def connect(run_config: Mapping[str, Scalar], own_data: str = "") -> "Trainer":
@@ -49,8 +51,13 @@ def connect(run_config: Mapping[str, Scalar], own_data: str = "") -> "Trainer":
     return _local_trainer(settings)
 
 
-@functools.lru_cache(maxsize=1)
 def _local_trainer(settings: str) -> "Trainer":
+    with _BUILDING:  # of callers that find nothing cached at once, each would build one
+        return _build_trainer(settings)
+
+
+@functools.lru_cache(maxsize=1)
+def _build_trainer(settings: str) -> "Trainer":
     from clients.trainer import Trainer  # here, so that whoever only asks an actor does not import torch
 
     return Trainer(*json.loads(settings))

@@ -78,6 +78,7 @@ class Setting:
         hidden_size: the backbone's.
         num_layers: the backbone's.
         backbone_sha256: of the backbone's weights, see `mops_fl.compressed.weights_sha256`.
+        data_sha256: of the rows that are on this machine.
     """
 
     tasks: tuple[str, ...]
@@ -91,6 +92,7 @@ class Setting:
     hidden_size: int
     num_layers: int
     backbone_sha256: str
+    data_sha256: str
 
 
 class Trainer:
@@ -190,7 +192,12 @@ class Trainer:
                 training = self._lanes.submit(lambda: self._train_cohort(request), beside=request.cohort.count)
                 self._cohorts = {**current, key: training}
             cohort = self._cohorts[key]
-        results = cohort.result()
+        try:
+            results = cohort.result()
+        except Exception:
+            with self._lock:  # its cause may be mended before it is asked again
+                self._cohorts = {k: f for k, f in self._cohorts.items() if f is not cohort}
+            raise
         if partition_id not in results:
             raise InputError(f"Client {partition_id} has no rows to train on; ask another one.")
         return results[partition_id]
@@ -265,6 +272,7 @@ class Trainer:
             hidden_size=self._backbone.hidden_size,
             num_layers=self._backbone.num_layers,
             backbone_sha256=weights_sha256(resolve_model(self._config.backbone)),
+            data_sha256=data.sha256,
         )
 
     def _train_cohort(self, request: TrainRequest) -> dict[int, TrainResult]:

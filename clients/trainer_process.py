@@ -127,7 +127,9 @@ class _Server:
         self._idle_seconds = idle_seconds
         self._listener = Listener(str(folder / _SOCKET))
         self._lock = threading.Lock()
-        self._trainer: tuple[object, Any] = (None, None)
+        self._trainer: Any = None
+        self._wanted: object = None  # its arguments
+        self._state: object = None  # of the file or folder with its rows
         self._active = 0
         self._last_used = time.monotonic()
 
@@ -162,23 +164,32 @@ class _Server:
 
     def _carry_out(self, settings: str, method: str, args: tuple[object, ...]) -> tuple[bool, object]:
         try:
-            return True, getattr(self._trainer_for(settings), method)(*args)
+            return True, getattr(self._trainer_for(settings, method), method)(*args)
         except Exception as error:  # whatever it raises is raised again where it was asked for
             if not isinstance(error, InputError):
                 traceback.print_exc()
             return False, _portable(error)
 
-    def _trainer_for(self, settings: str) -> Any:  # noqa: ANN401
+    def _trainer_for(self, settings: str, method: str) -> Any:  # noqa: ANN401
         from clients.config import ClientConfig
         from clients.trainer import Trainer  # here, so that whoever only asks does not import torch
 
         run_config, own_data = json.loads(settings)
         wanted = ({key: run_config[key] for key in ClientConfig.keys() & set(run_config)}, own_data)
         with self._lock:
-            if self._trainer[0] != wanted:  # the next run's output-dir and the like make no difference
-                self._trainer = (None, None)  # the old model goes before the new one comes
-                self._trainer = (wanted, Trainer(*wanted))
-            return self._trainer[1]
+            # Each run begins with `describe`: only there are rows looked for that their owner has changed since.
+            state = _state(own_data) if own_data and (method == "describe" or not self._state) else self._state
+            if (self._wanted, self._state) != (wanted, state):  # the next run's output-dir makes no difference
+                self._trainer = None  # the old model goes before the new one comes
+                self._trainer = Trainer(*wanted)
+                self._wanted, self._state = wanted, state
+            return self._trainer
+
+
+def _state(path: str) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of the last change of each file in a folder, or of the one that it is."""
+    files = [file for file in (Path(path), *sorted(Path(path).rglob("*"))) if file.is_file()]
+    return [(str(file), status.st_size, status.st_mtime_ns) for file in files if (status := file.stat())]
 
 
 def _lives(process: psutil.Process) -> bool:

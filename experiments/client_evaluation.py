@@ -14,7 +14,7 @@ from mops_fl.payload import (
     decode_evaluate_result,
     encode_evaluate_request,
 )
-from strategies.fedprompt import RoundError
+from strategies.fedprompt import RoundError, node_asked
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def evaluate_on_clients(
     questions = [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node_id) for node_id in node_ids]
     results: dict[int, EvaluateResult] = {}
     for reply in grid.send_and_receive(questions, timeout=timeout_seconds):
-        node_id = reply.metadata.src_node_id
+        node_id = node_asked(reply, questions)
         try:
             if reply.has_error():
                 raise InputError(reply.error.reason or f"error {reply.error.code}")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.drawing import readable
-from experiments.plots import differing_keys, plot_comparison, run_labels
+from experiments.plots import differing_keys, plot_comparison, run_labels, told_apart
 from experiments.report import (
     NOTHING,
     bytes_text,
@@ -132,7 +132,8 @@ def seed_groups(runs: Sequence[RunFolder]) -> list[SeedGroup]:
     """The runs grouped by everything but the seed, in the order given; no two groups have the same label."""
     groups: list[list[RunFolder]] = []
     for run in runs:
-        same = [group for group in groups if not differing_keys([group[0].config, run.config], ignore=REPEATED)]
+        own = told_apart(run)
+        same = [group for group in groups if not differing_keys([told_apart(group[0]), own], ignore=REPEATED)]
         if same:
             same[0].append(run)
         else:

@@ -19,9 +19,10 @@ from experiments.report import NOTHING, perplexity_text
 from experiments.run_folder import ALL_TASKS, CONFIG, RunFolder
 from mops_fl.config import DataConfig, require_at_least
 from mops_fl.errors import InputError
+from partitioning import OWN_ROWS
 
 if TYPE_CHECKING:
-    from mops_fl.data import Row
+    from mops_fl.data import Row, TaskData
     from mops_fl.encoding import EncodedRow
     from mops_fl.evaluation import Evaluation
     from mops_fl.mops_model import MopsModel
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("Only a run's folder knows its test rows; give rows with --data.")
     given = read_rows(args.data, args.tasks, args.rows) if args.data else None
     if args.json:
-        _write(args.json, {})  # now rather than after an hour
+        _require_writable(args.json)  # now rather than after an hour
     model = load_model(args)
     data = given or run_rows(Path(args.adapter).expanduser(), model.description.data, args.rows)
     from mops_fl.encoding import RowEncoder
@@ -138,14 +139,39 @@ def run_rows(run: Path, data_config: DataConfig, count: int) -> EvaluatedRows:
         count: only so many; 0: all of them.
 
     Raises:
-        InputError: the data are not there any more.
+        InputError: as `run_data`.
     """
-    from mops_fl.data import load_task_data, spread_rows
+    from mops_fl.data import spread_rows
 
-    config = RunFolder.open(run).config
-    data = load_task_data(replace(data_config, data_path=str(config["data-path"])))
-    rows = data.evaluation_rows(int(config["eval-rows"]))
+    folder = RunFolder.open(run)
+    data = run_data(folder, data_config)
+    rows = data.evaluation_rows(int(folder.config["eval-rows"]))
     return EvaluatedRows(f"the run's test rows, {data.description}", data.tasks, spread_rows(rows, count))
+
+
+def run_data(run: RunFolder, data_config: DataConfig) -> TaskData:
+    """The rows that a run trained and measured on.
+
+    Args:
+        run: knows where its data lay.
+        data_config: the rest.
+
+    Raises:
+        InputError: they are not there any more, are others now, or only the run's clients had them.
+    """
+    from mops_fl.data import load_task_data
+    from mops_fl.own_rows import load_server_rows
+
+    if run.config.get("evaluate-on") == "clients":
+        raise InputError(f"{run.path} was measured on rows that its clients keep, which nobody else has.")
+    config = replace(data_config, data_path=str(run.config["data-path"]))
+    own_rows = run.config.get("partitioner") == OWN_ROWS
+    data = load_server_rows(config, with_test=True) if own_rows else load_task_data(config)
+    if (run.summary or {}).get("data_sha256", data.sha256) != data.sha256:
+        raise InputError(
+            f"The rows of {run.path} are no longer there, others are ({data.description}); bring them back."
+        )
+    return data
 
 
 def answer_rows(model: MopsModel, rows: Sequence[EncodedRow], max_new_tokens: int, batch_size: int) -> dict[int, str]:
@@ -225,6 +251,13 @@ def _to_json(
 
 def _count(task: str, data: EvaluatedRows) -> int:
     return sum(task in (row.task, ALL_TASKS) for row in data.rows)
+
+
+def _require_writable(path: Path) -> None:
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another file.") from error
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from mops_fl.evaluation import Evaluation
 from mops_fl.methods import METHODS
 from mops_fl.payload import Arrays, EvaluateRequest, TrainResult, from_record, to_record
 from mops_fl.reply_check import ReplyLimits
-from strategies.aggregation import Aggregate, build_aggregate
+from strategies.aggregation import Aggregate, build_aggregate, needed_replies
 from strategies.fedprompt import Acceptance
 from strategies.privacy import private_mean, spent_epsilon
 from strategies.registry import STRATEGIES
@@ -129,7 +129,7 @@ class FederatedRun(Run):
         limits = ReplyLimits(client.train.local_steps, client.train.batch_size, client.data.max_length)
         # Clipping does what the ratio is for, and what is refused may not depend on the other clients' updates.
         ratio = 0.0 if self._config.noise.clip_norm else aggregation.max_norm_ratio
-        return Acceptance(limits, ratio, aggregation.min_replies)
+        return Acceptance(limits, ratio, max(aggregation.min_replies, needed_replies(aggregation)))
 
     def _privacy(self) -> dict[str, float | int | None]:
         """What an onlooker can at most have learnt about any one client from all adapters so far."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.drawing import readable
+from experiments.evaluate_command import run_data
 from experiments.report import percent_text, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder, require_empty
 from mops_fl.config import DataConfig, read_section, require_at_least, require_positive
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
         The exit code, 0.
 
     Raises:
-        InputError: the run has no gate or no such held-out task, an option is out of range, or the folder is taken.
+        InputError: the run has no gate or no such held-out task, its rows are not there, an option is out of range,
+            or the folder is taken.
     """
     require_at_least("rows", args.rows, 1)
     require_at_least("steps", args.steps, 1)
@@ -80,15 +82,13 @@ def run(args: argparse.Namespace) -> int:
     folder = RunFolder.open(args.run_folder)
     if folder.config.get("method") != "mops" or folder.config.get("routing") != "gate":
         raise InputError(f"{folder.path} has no gate to grow; name a run of MoPs with routing gate.")
-    from mops_fl.data import load_task_data
-
-    data = load_task_data(read_section(DataConfig, folder.config))
+    data = run_data(folder, read_section(DataConfig, folder.config))
     held_out = data.tasks[len(data.trained_tasks) :]
     task = args.task or next(iter(held_out), "")
     if task not in held_out:
         known = ", ".join(held_out) or "none; train one with the key held-out-tasks"
         raise InputError(f"{task or 'No task'!r} is not among the held-out tasks of {folder.path}: {known}.")
-    output = args.output or folder.path.with_name(f"{folder.path.name}-{task}")
+    output = args.output or folder.path.absolute().with_name(f"{folder.path.name}-{task}")
     require_empty(output)
     grown, growth = _grow(folder, data, task, args)
     grown.save_pretrained(output)

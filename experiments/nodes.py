@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from clients.trainer import Setting
 from mops_fl.errors import InputError
 from mops_fl.payload import NOT_NUMBERED, ClientInfo, decode_info
+from strategies.fedprompt import node_asked
 from strategies.sampling import ClientSampler
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,10 @@ def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> di
     node_ids = _wait_for_nodes(grid, num_clients, patience_seconds)
     clients: dict[int, ClientInfo] = {}
     for first in range(0, len(node_ids), _QUESTIONS_AT_ONCE):
-        clients |= _ask(grid, node_ids[first : first + _QUESTIONS_AT_ONCE], timeout=60 + patience_seconds)
+        answers, complaints = _ask(grid, node_ids[first : first + _QUESTIONS_AT_ONCE], timeout=60 + patience_seconds)
+        if complaints:
+            raise InputError(complaints[0])
+        clients |= answers
     if clients and all(info.partition_id == NOT_NUMBERED for info in clients.values()):
         return _number(clients, num_clients)
     partition_ids = sorted(info.partition_id for info in clients.values())
@@ -73,11 +77,9 @@ class RollCall:
         return connected
 
     def _welcome(self, grid: Grid, strangers: list[int], gone: set[int]) -> None:
-        try:
-            answers = _ask(grid, strangers, timeout=_NEWCOMER_PATIENCE_SECONDS)
-        except InputError as error:
-            logger.warning("%s", error)
-            return
+        answers, complaints = _ask(grid, strangers, timeout=_NEWCOMER_PATIENCE_SECONDS)
+        for complaint in complaints:
+            logger.warning("%s", complaint)
         for node_id, info in answers.items():
             # Whoever claims to be a client that is still connected is not believed.
             returned = [client for client in sorted(gone) if self._is(client, info)]
@@ -127,20 +129,25 @@ def _number(clients: Mapping[int, ClientInfo], num_clients: int) -> dict[int, Cl
     return {node_id: replace(clients[node_id], partition_id=number) for number, node_id in enumerate(sorted(clients))}
 
 
-def _ask(grid: Grid, node_ids: list[int], timeout: float) -> dict[int, ClientInfo]:
+def _ask(grid: Grid, node_ids: list[int], timeout: float) -> tuple[dict[int, ClientInfo], list[str]]:
+    """Who the nodes are, and what is wrong with those that did not tell."""
     questions = [
         Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in node_ids
     ]
     clients: dict[int, ClientInfo] = {}
+    reasons: dict[int, object] = dict.fromkeys(node_ids, "no answer in time who it is; its log may say why")
     for reply in grid.send_and_receive(questions, timeout=timeout):
-        node_id = reply.metadata.src_node_id
+        node_id = node_asked(reply, questions)
         if reply.has_error():
-            raise InputError(f"Node {node_id} cannot take part: {reply.error.reason}")
+            reasons[node_id] = reply.error.reason
+            continue
         try:
             clients[node_id] = decode_info(reply.content)
         except InputError as error:
-            raise InputError(f"Node {node_id} cannot take part: {error}") from error
-    return clients
+            reasons[node_id] = error
+    return clients, [
+        f"Node {node_id} cannot take part: {reason}" for node_id, reason in reasons.items() if node_id not in clients
+    ]
 
 
 def _wait_for_nodes(grid: Grid, num_clients: int, patience_seconds: float) -> list[int]:

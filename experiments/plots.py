@@ -138,10 +138,10 @@ def plot_partition(run: RunFolder, target: Path) -> bool:
     """Draw how many training rows of every task each client owns, and above it each client's rows in all.
 
     Returns:
-        False, and nothing is written, if the run has no partition.json.
+        False, and nothing is written, if the run has no partition.json, or no rows were dealt.
     """
     partition = run.partition
-    if not partition or not partition.get("clients"):
+    if not partition or not partition.get("clients") or not partition["tasks"]:
         return False
     tasks, clients = partition["tasks"], partition["clients"]
     counts = np.array([[client["per-task"].get(task, 0) for client in clients] for task in tasks], dtype=float)
@@ -181,10 +181,15 @@ def run_labels(runs: Sequence[RunFolder], *, with_seed: bool = True) -> list[str
 
 def _difference(run: RunFolder, alike: Sequence[RunFolder]) -> str:
     """The first two short config values that tell the run from those `alike`, as text to append."""
-    configs = [other.config for other in alike]
+    configs = [told_apart(other) for other in alike]
     keys = differing_keys(configs, ignore=("seed", "output-dir", "resume"))
     short = [key for key in keys if all(len(str(config.get(key))) <= 12 for config in configs)]
-    return "".join(f", {key} {run.config.get(key, '-')}" for key in short[:2])
+    return "".join(f", {key} {told_apart(run).get(key, '-')}" for key in short[:2])
+
+
+def told_apart(run: RunFolder) -> dict[str, Any]:
+    """What tells a run from others: its config, and whether it was federated or central."""
+    return {**run.config, "training": run.results().get("training", "federated")}
 
 
 def differing_keys(configs: Sequence[Mapping[str, Any]], ignore: Sequence[str] = ()) -> list[str]:

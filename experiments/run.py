@@ -18,10 +18,15 @@ from experiments.report import print_perplexity_table, write_report
 from experiments.run_folder import PARTITION, RunFolder
 from mops_fl.adapter_folder import RUN_ADAPTER, AdapterDescription, SavedAdapter, save_adapter
 from mops_fl.config import Scalar
+from mops_fl.errors import InputError
 from mops_fl.evaluation import Evaluation
 from mops_fl.methods import METHODS
 from mops_fl.payload import Arrays
 from strategies.fedprompt import RoundReport
+
+# What a run that is gone on with may have otherwise than when it began: none of it changes what a round comes to.
+_MAY_CHANGE = {"output-dir", "resume", "data-path", "num-server-rounds", "evaluate-every", "round-timeout"}
+_MAY_CHANGE |= {"cache-megabytes", "cache-file-megabytes", "min-replies"}
 
 
 class Run(ABC):
@@ -39,7 +44,7 @@ class Run(ABC):
         """Make the run folder, or open it and go back to its newest checkpoint, or to the start if it has none.
 
         Raises:
-            InputError: the folder cannot be used.
+            InputError: the folder cannot be used, or is that of another run.
             RunError: it cannot be written any more.
         """
         self._config = config
@@ -49,6 +54,7 @@ class Run(ABC):
         self._checkpoint: Checkpoint | None = None
         if config.federation.resume:
             self._folder = RunFolder.open(path)
+            _require_same_run(self._folder, run_config, setting)
             self._checkpoint = load_checkpoint(path)
             self._folder.rewind(self._checkpoint.progress.rounds_done if self._checkpoint else -1)
         else:
@@ -201,6 +207,8 @@ class Run(ABC):
                 "dataset": client.data.dataset,
                 "data_description": self._setting.data_description,
                 "data_is_sample": self._setting.data_is_sample,
+                "data_sha256": self._setting.data_sha256,
+                "backbone_sha256": self._setting.backbone_sha256,
                 "held_out_tasks": list(self._setting.tasks[len(self._setting.trained_tasks) :]),
                 "truncated_rows": self._setting.rows["truncated"],
                 "seed": client.partition.seed,
@@ -239,6 +247,23 @@ class Run(ABC):
             return ()
         tasks, num_experts = self._setting.trained_tasks, adapter.num_experts
         return tuple(tasks[expert::num_experts] for expert in range(num_experts))
+
+
+def _require_same_run(folder: RunFolder, run_config: Mapping[str, Scalar], setting: Setting) -> None:
+    for key, value in folder.config.items():
+        if key not in _MAY_CHANGE and run_config.get(key, value) != value:
+            raise InputError(
+                f"{folder.path} was begun with {key} = {value!r}, not {run_config[key]!r}; resume it with its own "
+                "values, or give another output-dir."
+            )
+    summary = folder.summary or {}
+    if summary.get("data_sha256", setting.data_sha256) != setting.data_sha256:
+        raise InputError(
+            f"{folder.path} was begun on other rows ({summary['data_description']}) than there are now "
+            f"({setting.data_description}); bring those back."
+        )
+    if summary.get("backbone_sha256", setting.backbone_sha256) != setting.backbone_sha256:
+        raise InputError(f"{folder.path} was begun with other weights of {summary['backbone']}; bring those back.")
 
 
 def default_output_dir(run_config: Mapping[str, Scalar]) -> str:

@@ -70,6 +70,8 @@ class Planned:
                     f"{self.folder} was made with {key} = {found.config[key]!r}, the sweep says {value!r}; "
                     "move that folder away, or change the sweep."
                 )
+        if (training := (found.summary or {}).get("training", self.training)) != self.training:
+            raise InputError(f"{self.folder} is a {training} run, the sweep says {self.training}; move it away.")
         return found
 
     def status(self) -> str:

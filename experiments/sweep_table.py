@@ -29,7 +29,7 @@ def write_sweep_report(sweep: Sweep) -> str:
 def sweep_markdown(sweep: Sweep, finished: Mapping[tuple[str, str], Sequence[RunFolder]]) -> str:
     """The tables of a sweep, given the complete runs of each row and method."""
     first = sweep.methods[0]
-    lines = [f"## {sweep.title}", "", _perplexity_note(sweep), ""]
+    lines = [f"## {sweep.title}", "", _perplexity_note(sweep), "", *_data_warning(finished)]
     gains = [f"{method} against {first}" for method in sweep.methods[1:]]
     lines += [_line(["", "bare model", *sweep.methods, *gains]), _line(["---"] * (2 + len(sweep.methods) + len(gains)))]
     for row in sweep.rows:
@@ -60,6 +60,19 @@ def _perplexity_note(sweep: Sweep) -> str:
     spread = ", mean ± standard deviation over seeds" if seeds > 1 else ", one seed"
     papers = "; in brackets the paper's, of another model and more steps" if sweep.paper else ""
     return f"Test perplexity after training{spread}{papers}."
+
+
+def _data_warning(finished: Mapping[tuple[str, str], Sequence[RunFolder]]) -> list[str]:
+    """What is said of the runs' rows before the tables, if anything."""
+    data_of: dict[str, set[object]] = {}
+    results = [(row, run.results()) for (row, _), runs in finished.items() for run in runs]
+    for row, result in results:
+        data_of.setdefault(row, set()).add(result.get("data_sha256"))
+    unfair = [row for row, data in data_of.items() if len(data - {None}) > 1]
+    sampled = any(result.get("data_is_sample") for _, result in results)
+    lines = [f"> Not a fair comparison: the runs of {', '.join(unfair)} are on different data."] if unfair else []
+    lines += ["> Some or all runs are on the bundled sample, which is no real data set."] if sampled else []
+    return [part for line in lines for part in (line, "")]
 
 
 def _finished(planned: Sequence[Planned]) -> list[RunFolder]:

@@ -114,7 +114,7 @@ def load_adapter(folder: Path) -> SavedAdapter:
     except (InputError, KeyError) as error:
         raise InputError(
             f"{folder} was written by {config['software']}, which has other settings ({error}); use that version, or "
-            "have its run write it again with `flower-simulation --resume RUN`."
+            "have its run write it again with `--app APP --resume RUN`."
         ) from error
 
 
@@ -123,7 +123,7 @@ def _check_version(config: Mapping[str, Any], folder: Path) -> None:
     if version == 1:
         raise InputError(
             f"{folder} has format version 1, which does not tell on which weights it was trained; have its run write "
-            "it again with `flower-simulation --resume RUN`."
+            "it again with `--app APP --resume RUN`."
         )
     if version != FORMAT_VERSION:
         raise InputError(

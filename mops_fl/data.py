@@ -1,6 +1,7 @@
 """Rows with a task: Dolly-15k or Super-NI task files, and the draw into train, test and server rows."""
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections import Counter
@@ -82,6 +83,11 @@ class TaskData:
     def trained_tasks(self) -> tuple[str, ...]:
         """The tasks that are not held out."""
         return self.tasks[: len(self.tasks) - len({row.task for row in self.held_out})]
+
+    @property
+    def sha256(self) -> str:
+        """Of all rows and of which part each is in."""
+        return hashlib.sha256(repr((self.train, self.test, self.server, self.held_out)).encode()).hexdigest()
 
     def evaluation_rows(self, count: int) -> tuple[Row, ...]:
         """The first `count` test rows, spread evenly over the tasks; all of them for 0."""

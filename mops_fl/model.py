@@ -251,7 +251,10 @@ class PromptedModel:
         return states
 
     def _gate_input(self, token_ids: Tensor, tokens: Tensor, prompt_length: int) -> Tensor:
-        """What the gate looks at, given a row's tokens `(n,)` and their layer-`m` input `(n, D)`."""
+        """What the gate looks at, given a row's tokens `(n,)` and their layer-`m` input `(n, D)`.
+
+        Deviation: the few words that the template puts before and behind question and context count as theirs.
+        """
         if self.backbone.embedder is not None:
             question = self.backbone.tokenizer.decode(token_ids[:prompt_length], skip_special_tokens=True)
             return self.backbone.embedder(str(question))

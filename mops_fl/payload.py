@@ -33,6 +33,7 @@ COHORT = "cohort"
 COHORT_NUMBER = "cohort-number"
 NUM_COHORTS = "num-cohorts"
 TASKS = "tasks"
+_MOST_LOSS = 700  # of a token, in nats; a perplexity beyond exp(700) is no float any more
 NOT_NUMBERED = -1  # the partition id of a client with rows of its own, until the server has numbered it
 
 Arrays = Mapping[str, NDArray[np.float32]]
@@ -270,7 +271,7 @@ def decode_evaluate_result(content: RecordDict, num_tasks: int, num_experts: int
         num_experts: experts of the adapter's gate, 0 without one.
 
     Raises:
-        InputError: it does not hold one finite sum of at least 0 for each task, and for each of its experts.
+        InputError: it does not hold one possible sum for each task, and for each of its experts.
     """
     metrics: dict[str, Any] = dict(content.metric_records.get(METRICS, {}))
     lengths = {"loss-sum": num_tasks, "num-tokens": num_tasks, "num-rows": num_tasks}
@@ -282,5 +283,9 @@ def decode_evaluate_result(content: RecordDict, num_tasks: int, num_experts: int
         if not isinstance(values, list) or len(values) != length:
             raise InputError(f"Metric {name} is not a list of {length} numbers.")
         if not np.isfinite(values).all() or min(values, default=0) < 0:
-            raise InputError(f"Metric {name} is {values}, not finite numbers of at least 0.")
+            raise InputError(f"Metric {name} is {shortened(values)}, not finite numbers of at least 0.")
+        if name.startswith("num-") and any(type(value) is not int for value in values):
+            raise InputError(f"Metric {name} is {shortened(values)}, not counts.")
+    if any(loss > _MOST_LOSS * n for loss, n in zip(metrics["loss-sum"], metrics["num-tokens"], strict=True)):
+        raise InputError(f"Metric loss-sum is {shortened(metrics['loss-sum'])}, more than any loss of so few tokens.")
     return EvaluateResult(**{name.replace("-", "_"): tuple(metrics[name]) for name in lengths})

@@ -4,6 +4,7 @@ Each is Flower's own strategy object, of which only `aggregate_train` is used; w
 `strategies.fedprompt`'s.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -63,12 +64,25 @@ def check_cohort_size(config: AggregationConfig, clients_per_round: int) -> None
             f"`min-replies` is {config.min_replies}, but only {clients_per_round} clients are asked in a round; lower "
             "it or raise `clients-per-round`."
         )
-    needed = max(2 * config.krum_malicious + 3, config.krum_selected)
-    if config.aggregation == "krum" and clients_per_round < needed:
+    if (needed := needed_replies(config)) > clients_per_round:
+        rule = {
+            "krum": f"to stand {config.krum_malicious} hostile ones and select {config.krum_selected}",
+            "trimmed-mean": f"to cut off one at either end at a `trimmed-fraction` of {config.trimmed_fraction}",
+        }[config.aggregation]
         raise InputError(
-            f"`aggregation` is 'krum', which needs {needed} clients in a round to stand {config.krum_malicious} "
-            f"hostile ones and select {config.krum_selected}, but `clients-per-round` is {clients_per_round}; raise it."
+            f"`aggregation` is {config.aggregation!r}, which needs {needed} clients in a round {rule}, but "
+            f"`clients-per-round` is {clients_per_round}; raise it."
         )
+
+
+def needed_replies(config: AggregationConfig) -> int:
+    """Least usable replies of which a round's rule still does what it is for."""
+    if config.aggregation == "krum":
+        return max(2 * config.krum_malicious + 3, config.krum_selected)
+    if config.aggregation == "trimmed-mean" and config.trimmed_fraction:
+        # Flower cuts off int(fraction * replies) at either end: with too few, none, and what is left is the mean.
+        return next(count for count in itertools.count(1) if int(config.trimmed_fraction * count))
+    return 1
 
 
 def build_aggregate(config: AggregationConfig) -> Aggregate:

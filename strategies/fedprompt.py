@@ -90,6 +90,14 @@ class Acceptance:
 Participant = Callable[[int, ArrayRecord], TrainResult]
 
 
+def node_asked(reply: Message, messages: Iterable[Message]) -> int:
+    """The node that a reply is of: the sender, or that of the message to which the SuperLink answers in its place."""
+    if not reply.has_error():
+        return reply.metadata.src_node_id
+    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    return asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+
+
 class FedPrompt(FedAvg):
     """FedAvg of soft prompts (paper, Section 4: the federated baseline), and of any other adapter."""
 
@@ -137,6 +145,7 @@ class FedPrompt(FedAvg):
         self._server_weight = server_weight
         self._sent = ArrayRecord()
         self._asked: dict[int, int] = {}  # partition id -> node id
+        self._messages: list[Message] = []
         self._absent: frozenset[int] = frozenset()  # of those the partition ids whose node is not connected
         self._bytes_down = 0
 
@@ -159,10 +168,11 @@ class FedPrompt(FedAvg):
         self._absent = frozenset(client for client, node_id in self._asked.items() if node_id not in connected)
         present = [(client, cohort) for client, cohort in asked if client not in self._absent]
         self._bytes_down = sum(num_bytes(contents[cohort]) for _, cohort in present)
-        return [
+        self._messages = [
             Message(contents[cohort], message_type=MessageType.TRAIN, dst_node_id=self._asked[client])
             for client, cohort in present
         ]
+        return self._messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -225,7 +235,8 @@ class FedPrompt(FedAvg):
     def _screen(self, replies: Iterable[Message]) -> tuple[list[Message], tuple[Failure, ...]]:
         """The usable replies and the failures, each in the order of the partition ids."""
         client_of = {node_id: client for client, node_id in self._asked.items()}
-        by_client = {client_of.get(reply.metadata.src_node_id, -1): reply for reply in replies}
+        # Of a node that is gone the SuperLink says so, in its own name.
+        by_client = {client_of.get(node_asked(reply, self._messages), -1): reply for reply in replies}
         reasons = {client: self._failure(client, by_client.get(client)) for client in sorted(self._asked)}
         usable = {client: by_client[client] for client, reason in reasons.items() if reason is None}
         updates = {client: reply.content.array_records[ARRAYS] for client, reply in usable.items()}

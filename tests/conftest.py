@@ -68,7 +68,7 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # the trainer asks for all cores
     yield
     if resident := sys.modules.get("clients.resident"):
-        resident._local_trainer.cache_clear()
+        resident._build_trainer.cache_clear()
 
 
 @pytest.fixture(scope="session")

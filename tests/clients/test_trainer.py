@@ -208,3 +208,13 @@ def test_central_training_learns_from_the_rows_it_is_told_to(run_config, rows, c
     training.advance(3)
     (result,) = training.results()
     assert (result.num_examples, result.num_steps) == (count, 3)
+
+
+def test_cohort_that_failed_is_trained_when_it_is_asked_again(trainer, monkeypatch):
+    ask = request(trainer.prepare())
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_cohort", lambda *_: (_ for _ in ()).throw(InputError("no room")))
+        for client in COHORT:
+            with pytest.raises(InputError, match="no room"):
+                trainer.train(client, ask)
+    assert trainer.train(0, ask).num_steps == 2

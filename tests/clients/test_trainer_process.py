@@ -13,6 +13,7 @@ import pytest
 from clients import trainer_process as module
 from clients.trainer_process import TrainerProcess, _Server, runtime_folder
 from mops_fl.errors import InputError
+from mops_fl.sources import sample_path
 
 
 @pytest.fixture
@@ -124,3 +125,16 @@ def test_idle_trainer_ends_and_the_next_message_finds_no_socket(owner):
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
+
+
+def test_next_run_sees_that_a_client_has_changed_its_rows(owner, run_config, tmp_path):
+    lines = sample_path().read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(lines[:50]), encoding="utf-8")
+    client = TrainerProcess(json.dumps([run_config({"partitioner": "own-rows"}), str(rows)]))
+    before = client.describe(0)
+    assert client.describe(0) == before
+    rows.write_text("".join(lines[:20]), encoding="utf-8")
+    after = client.describe(0)
+    assert sum(after.own_rows.values()) < sum(before.own_rows.values())
+    assert after.trainer != before.trainer

@@ -62,7 +62,7 @@ def test_interrupted_central_run_goes_on_to_the_same_bits(train, tmp_path, monke
         code, cut_off = train(**values)
     assert code == 130
     assert RunFolder.open(cut_off).summary["rounds"] == 2
-    resident._local_trainer.cache_clear()
+    resident._build_trainer.cache_clear()
     assert main(["train", "--app", "experiments.dolly", "--resume", str(cut_off)]) == 0
     adapters = [load_adapter(path / "adapter").arrays for path in (tmp_path / "straight", cut_off)]
     assert {name: array.tobytes() for name, array in adapters[0].items()} == {

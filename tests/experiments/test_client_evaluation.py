@@ -51,7 +51,7 @@ class FakeGrid:
 
     def send_and_receive(self, messages, *, timeout):
         for message in messages:
-            message.metadata.__dict__["_message_id"] = "1"
+            message.metadata.__dict__["_message_id"] = f"message-{message.metadata.dst_node_id}"
             yield Message(self.answers[message.metadata.dst_node_id], reply_to=message)
 
 
@@ -94,6 +94,8 @@ def test_clients_that_keep_no_rows_back_add_nothing():
         ("num-tokens", [-1, 3]),
         ("num-rows", 2),
         ("gate-mass", []),
+        ("num-tokens", [0.4, 3.0]),
+        ("loss-sum", [1e9, 2.0]),  # its exponential is no float
     ],
 )
 def test_sums_that_are_none_are_refused(name, value, caplog):

@@ -120,3 +120,14 @@ def test_one_run_alone_and_an_output_that_is_a_file_are_refused(make_run, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="choose another --output"):
         run_command(*(run.path for run in runs), "--output", tmp_path / "file")
+
+
+def test_central_and_federated_runs_are_no_seeds_of_each_other(make_run) -> None:
+    federated, central = make_run("a", after=20.0), make_run("b", after=10.0)
+    central.write_summary({**central.summary, "training": "central"})
+    assert [group.label for group in compare.seed_groups([federated, central])] == [
+        "MoPs, training federated",
+        "MoPs, training central",
+    ]
+    (table,) = compare.comparison_tables([federated, central])
+    assert table.columns[1:] == ["MoPs, seed 1, training federated", "MoPs, seed 1, training central"]

@@ -23,7 +23,7 @@ def command(run_config, tmp_path, capsys):
     """``command("--flag", key=value)``: exit code, output and errors of a tiny run into ``tmp_path / "run"``."""
 
     def call(*arguments, resume=None, **changes):
-        resident._local_trainer.cache_clear()
+        resident._build_trainer.cache_clear()
         configured = ["--resume", str(resume)] if resume else ["--run-config", str(tmp_path / "values.toml")]
         if not resume:
             values = run_config({"output-dir": str(tmp_path / "run")})

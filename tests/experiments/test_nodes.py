@@ -34,9 +34,13 @@ class FakeGrid:
 
     def send_and_receive(self, messages, *, timeout):
         for message in messages:
-            message.metadata.__dict__["_message_id"] = "1"
+            message.metadata.__dict__["_message_id"] = f"message-{message.metadata.dst_node_id}"
             answer = self.answers[message.metadata.dst_node_id]
-            if answer is not None:
+            if isinstance(answer, str):  # "gone": the SuperLink answers in its own name
+                reply = Message(Error(code=4, reason="node unavailable"), reply_to=message)
+                reply.metadata.__dict__["_src_node_id"] = 1
+                yield reply
+            elif answer is not None:
                 yield Message(answer, reply_to=message)
 
 
@@ -71,10 +75,11 @@ def test_too_few_nodes_are_an_input_error_after_the_patience():
         ({10: info(0), 11: info(0)}, r"\[0, 0\], not 0 to 1 once each"),
         ({10: info(1), 11: info(2)}, r"\[1, 2\], not 0 to 1 once each"),
         ({10: info(0), 11: info(1), 12: info(2)}, r"\[0, 1, 2\], not 0 to 1 once each"),
-        ({10: info(0), 11: None}, r"\[0\], not 0 to 1 once each"),
+        ({10: info(0), 11: None}, "Node 11 cannot take part: no answer in time"),
+        ({10: info(0), 11: "gone"}, "Node 11 cannot take part: node unavailable"),
         ({10: info(0), 11: Error(code=2, reason="no partition-id")}, "Node 11 cannot take part: no partition-id"),
     ],
-    ids=["same twice", "not from 0", "one too many", "one silent", "one failed"],
+    ids=["same twice", "not from 0", "one too many", "one silent", "one gone", "one failed"],
 )
 def test_nodes_that_are_not_the_clients_are_an_input_error(answers, complaint):
     with pytest.raises(InputError, match=complaint):
@@ -121,3 +126,11 @@ def test_nobody_is_questioned_while_all_are_there():
     grid = FakeGrid({10: info(0), 77: Error(code=2, reason="never asked")})
     grid.send_and_receive = None
     RollCall(sampler)(grid)
+
+
+def test_stranger_with_an_error_does_not_keep_those_out_that_are_back(caplog):
+    sampler = sampler_of({10: ClientInfo(0, 4, "a"), 11: ClientInfo(1, 4, "b"), 12: ClientInfo(2, 4, "c")})
+    back = {10: info(0), 76: Error(code=2, reason="no rows"), 77: info(2)}
+    assert RollCall(sampler)(FakeGrid(back)) == {10, 76, 77}
+    assert sampler.node_of == {0: 10, 1: 11, 2: 77}
+    assert "Node 76 cannot take part: no rows" in caplog.text

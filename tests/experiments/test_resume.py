@@ -8,11 +8,14 @@ import pytest
 import tomli_w
 
 from clients import resident
+from clients import trainer as trainer_module
 from experiments import simulation
 from experiments.app_folder import AppFolder
 from experiments.run_folder import RunFolder
 from experiments.runtimes import run_inline
 from mops_fl.adapter_folder import load_adapter
+from mops_fl.errors import InputError
+from mops_fl.sources import sample_path
 from strategies.fedprompt import FedPrompt
 
 pytestmark = pytest.mark.usefixtures("command_in_process")
@@ -23,7 +26,7 @@ def run(run_config, tmp_path):
     """``run("name", key=value)``: a tiny run into ``tmp_path / "name"``, in a fresh trainer as in a new process."""
 
     def call(name, **changes):
-        resident._local_trainer.cache_clear()
+        resident._build_trainer.cache_clear()
         values = run_config({"output-dir": str(tmp_path / name), "evaluate-every": 1})
         values |= {key.replace("_", "-"): value for key, value in changes.items()}
         run_inline(AppFolder.find("experiments.dolly"), values, catch_signals=lambda: None)
@@ -75,7 +78,7 @@ def test_interrupted_command_goes_on_with_resume(run, run_config, tmp_path, monk
     (tmp_path / "values.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
 
     def command(*arguments):
-        resident._local_trainer.cache_clear()
+        resident._build_trainer.cache_clear()
         every = ["--app", "experiments.dolly", "--backend", "inline", *arguments]
         return simulation.run(every)
 
@@ -111,3 +114,27 @@ def test_resuming_a_run_that_has_ended_writes_its_adapter_again(run, tmp_path):
     resumed = run("run", resume=True)
     assert adapter_bits(resumed.path) == bits
     assert measured(resumed) == measured(whole)
+
+
+def test_run_is_not_gone_on_with_on_other_values(run):
+    run("run", num_server_rounds=1)
+    with pytest.raises(InputError, match=r"was begun with lr = 0.01, not 0.02"):
+        run("run", resume=True, lr=0.02)
+    assert run("run", resume=True, num_server_rounds=2, round_timeout=99.0).summary["rounds"] == 2
+
+
+def test_run_is_not_gone_on_with_on_other_rows(run, tmp_path):
+    lines = sample_path().read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(lines[::-1]), encoding="utf-8")
+    before = run("run", num_server_rounds=1)
+    figures = measured(before)
+    with pytest.raises(InputError, match=r"was begun on other rows .*sample.* than there are now .*rows.jsonl"):
+        run("run", resume=True, data_path=str(tmp_path / "rows.jsonl"))
+    assert measured(RunFolder.open(before.path)) == figures
+
+
+def test_run_is_not_gone_on_with_on_other_weights(run, monkeypatch):
+    run("run", num_server_rounds=1)
+    monkeypatch.setattr(trainer_module, "weights_sha256", lambda _: "others")
+    with pytest.raises(InputError, match="was begun with other weights"):
+        run("run", resume=True)

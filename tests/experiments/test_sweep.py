@@ -13,6 +13,7 @@ from experiments.report import NOTHING, percent_text, perplexity_text
 from experiments.run_folder import RunFolder
 from experiments.sweep import read_sweep
 from mops_fl.errors import InputError
+from mops_fl.sources import sample_path
 
 TABLES = sorted((Path(experiments.__file__).parent / "tables").rglob("*.toml"))
 
@@ -195,3 +196,21 @@ def test_run_folders_are_below_runs_where_the_file_says(content, tmp_path):
     (tmp_path / "sweep.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
     found = read_sweep(tmp_path / "sweep.toml", None)
     assert found.runs[0].folder == Path("runs/tiny/two-experts-fedprompt-seed0").absolute()
+
+
+def test_kind_of_training_that_changed_is_refused(sweep, content, capsys):
+    only = ("--only", "7-*-central-seed0")
+    assert sweep(content, *only) == 0
+    del content["methods"]["MoPs, central"]["training"]
+    assert sweep(content, *only) == 2
+    assert "is a central run, the sweep says federated" in capsys.readouterr().err
+
+
+def test_table_says_where_the_data_are_the_sample_or_differ(sweep, content, tmp_path, capsys):
+    content["seeds"], content["rows"] = [0], {"7 experts": {}}
+    assert sweep(content, "--only", "7-experts-fedprompt-seed0") == 0
+    assert "on the bundled sample" in capsys.readouterr().out
+    lines = sample_path().read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(lines[::-1]), encoding="utf-8")
+    assert sweep(content, "--data", str(tmp_path / "rows.jsonl")) == 0
+    assert "Not a fair comparison: the runs of 7 experts are on different data." in capsys.readouterr().out

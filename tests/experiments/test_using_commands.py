@@ -3,21 +3,28 @@
 import gzip
 import io
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
+import tomli_w
 import torch
 
 from experiments import run as run_module
 from experiments.adapter_options import gate_lines
 from experiments.app_folder import AppFolder
+from experiments.central_run import run_centrally
 from experiments.cli import main
+from experiments.evaluate_command import run_rows
 from experiments.report import perplexity_text
 from experiments.run_folder import RunFolder
 from experiments.runtimes import run_inline
 from mops_fl.config import DataConfig, read_section
 from mops_fl.data import load_task_data
 from mops_fl.encoding import Turn
+from mops_fl.errors import InputError
 from mops_fl.mops_model import MopsModel
+from mops_fl.sources import sample_path
 from mops_fl.text_metrics import score_texts
 
 NEW = ["--max-new-tokens", "8"]
@@ -285,3 +292,36 @@ def test_card_is_made_from_the_run(run):
     assert card.count("| open qa |") == 3  # perplexity, a row and a column of the gate's
     assert "base_model:" not in card  # a local folder is no repository of the hub
     assert str(run) not in card
+
+
+def test_rows_of_a_server_whose_clients_have_their_own_are_measured_on(run_config, capsys, tmp_path):
+    changes = {"partitioner": "own-rows", "central-rows": "server", "output-dir": str(tmp_path / "run")}
+    run_centrally(AppFolder.find("experiments.dolly"), run_config(changes), catch_signals=lambda: None)
+    summary = RunFolder.open(tmp_path / "run").summary
+    found, _ = evaluated(capsys, tmp_path, tmp_path / "run", "--no-generation")
+    assert found["tasks"]["all"]["perplexity"] == pytest.approx(summary["perplexity"]["all"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("evaluate-on", "clients", "was measured on rows that its clients keep"),
+        ("data-seed", 7, "are no longer there, others are"),
+    ],
+)
+def test_test_rows_that_are_not_the_runs_are_refused(key, value, reason, run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    folder = RunFolder.open(copy)
+    manifest = {**folder.manifest, "config": {**folder.config, key: value}}
+    (copy / "config.toml").write_text(tomli_w.dumps(manifest), encoding="utf-8")
+    data_config = replace(read_section(DataConfig, folder.config), **({"data_seed": 7} if key == "data-seed" else {}))
+    with pytest.raises(InputError, match=reason):
+        run_rows(copy, data_config, 0)
+
+
+def test_refused_evaluation_leaves_earlier_figures(capsys, tmp_path, run):
+    (tmp_path / "out.json").write_text("earlier", encoding="utf-8")
+    (tmp_path / "no-adapter").mkdir()
+    options = ["--data", str(sample_path()), "--json", str(tmp_path / "out.json")]
+    assert main(["evaluate", "--adapter", str(tmp_path / "no-adapter"), *options]) == 2
+    assert (tmp_path / "out.json").read_text(encoding="utf-8") == "earlier"

@@ -8,7 +8,14 @@ from mops_fl.adapter import PromptAdapter, initial_state
 from mops_fl.config import PretrainConfig
 from mops_fl.losses import plain_losses
 from mops_fl.model import PromptedModel
-from mops_fl.pretraining import initial_prompts, pretrain, sample_token_embeddings, train_gate, train_input_prompts
+from mops_fl.pretraining import (
+    gate_inputs,
+    initial_prompts,
+    pretrain,
+    sample_token_embeddings,
+    train_gate,
+    train_input_prompts,
+)
 from mops_fl.state_cache import StateCache
 
 TASKS = 3
@@ -231,3 +238,14 @@ def test_without_input_prompts_there_are_none_and_the_rest_is_as_ever(method, ti
     row = rows[0]
     expected = tiny_backbone.run_layers(tiny_backbone.embed(row.token_ids), [len(row.token_ids)], 0, 2)
     assert torch.equal(model.row_states([row])[0].tokens, expected)
+
+
+def test_questions_never_stand_for_their_rows_in_the_cache(tiny_backbone, adapter_config, rows, make_state):
+    config = adapter_config()
+    cached, fresh = (
+        PromptedModel(tiny_backbone, config, torch.randn(6, 32, generator=seeded(5)), StateCache(size))
+        for size in (1 << 20, 0)
+    )
+    gate_inputs(cached, rows, config.num_experts)
+    adapter = PromptAdapter([make_state(config)])
+    assert torch.equal(cached.losses(adapter, rows).loss_sum, fresh.losses(adapter, rows).loss_sum)

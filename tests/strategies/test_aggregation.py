@@ -5,7 +5,7 @@ import pytest
 
 from mops_fl.errors import InputError
 from mops_fl.payload import TrainResult
-from strategies.aggregation import AggregationConfig, build_aggregate, check_cohort_size
+from strategies.aggregation import AggregationConfig, build_aggregate, check_cohort_size, needed_replies
 from strategies.fedprompt import FedPrompt
 
 START = {"prompts": np.zeros((1, 2), np.float32), "bias": np.zeros(1, np.float32)}
@@ -83,3 +83,17 @@ def test_rules_that_too_few_clients_cannot_satisfy_are_refused():
     check_cohort_size(config(min_replies=6), 6)
     with pytest.raises(InputError, match="`min-replies` is 7, but only 6 clients"):
         check_cohort_size(config(min_replies=7), 6)
+
+
+def test_trimmed_mean_that_would_cut_nothing_off_is_refused():
+    check_cohort_size(config("trimmed-mean", trimmed=0.2), 5)
+    with pytest.raises(InputError, match="needs 5 clients in a round to cut off one at either end"):
+        check_cohort_size(config("trimmed-mean", trimmed=0.2), 4)
+    assert [needed_replies(config("trimmed-mean", trimmed=trimmed)) for trimmed in (0.0, 0.1, 0.34, 0.49)] == [
+        1,
+        10,
+        3,
+        3,
+    ]
+    assert needed_replies(config("krum", malicious=2)) == 7
+    assert needed_replies(config("median")) == 1

@@ -86,6 +86,8 @@ def test_mean_is_the_same_bits_in_whatever_order_replies_come(ask, weighting):
 def broken_replies(asked):
     """Client 1 fails in each way there is; what it is said to have done."""
     nan = result([np.nan, 0])
+    gone = Message(Error(code=4, reason="node unavailable"), reply_to=asked.message_to(1))
+    gone.metadata.__dict__["_src_node_id"] = 1  # the SuperLink answers in its own name
     refused = RecordDict({"metrics": MetricRecord({"num-examples": 1})})
     return [
         ([Message(Error(code=2, reason="it broke"), reply_to=asked.message_to(1))], "it broke"),
@@ -93,11 +95,12 @@ def broken_replies(asked):
         ([asked.reply(1, nan)], "refused: Array prompts holds values that are not finite"),
         ([asked.reply(1, result([0, 0], num_tokens=0))], "refused: Metric num-tokens is 0"),
         ([asked.reply_with(1, refused)], "refused: The reply does not hold exactly"),
+        ([gone], "node unavailable"),
         ([], "no answer in time"),
     ]
 
 
-@pytest.mark.parametrize("kind", range(6))
+@pytest.mark.parametrize("kind", range(7))
 def test_broken_reply_is_left_out_and_reported_with_its_client(ask, kind):
     asked = ask(FedPrompt, START)
     broken, reason = broken_replies(asked)[kind]
@@ -111,7 +114,7 @@ def test_broken_reply_is_left_out_and_reported_with_its_client(ask, kind):
     assert failure.reason.startswith(reason)
 
 
-@pytest.mark.parametrize("kind", range(6))
+@pytest.mark.parametrize("kind", range(7))
 def test_round_without_a_usable_reply_is_an_error(ask, kind):
     asked = ask(FedPrompt, START, num_clients=2, rounds_done=6)
     broken, _ = broken_replies(asked)[kind]
