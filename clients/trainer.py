@@ -136,7 +136,7 @@ class Trainer:
         with self._lock:
             rows = self._owners.rows_of(partition_id)[0]
             own_rows = Counter(row.task for row in rows) if self._owners.own_data else None
-            return ClientInfo(partition_id, len(rows), self._name, own_rows)
+            return ClientInfo(partition_id, len(rows), self._name, self._backbone_sha256, own_rows)
 
     def prepare(self) -> Start:
         """Pretrain the input prompts and the gate on the server's rows."""
@@ -239,6 +239,10 @@ class Trainer:
         return backbone
 
     @cached_property
+    def _backbone_sha256(self) -> str:
+        return weights_sha256(resolve_model(self._config.backbone))
+
+    @cached_property
     def _encoder(self) -> RowEncoder:
         return RowEncoder(self._backbone.tokenizer, self._config.data, self._data.tasks)
 
@@ -271,7 +275,7 @@ class Trainer:
             device=torch.cuda.get_device_name() if self._backbone.device.type == "cuda" else "cpu",
             hidden_size=self._backbone.hidden_size,
             num_layers=self._backbone.num_layers,
-            backbone_sha256=weights_sha256(resolve_model(self._config.backbone)),
+            backbone_sha256=self._backbone_sha256,
             data_sha256=data.sha256,
         )
 

@@ -94,6 +94,23 @@ def read_generation_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def room_for_question(model: MopsModel, max_new_tokens: int) -> int:
+    """Most tokens of a question with its context, beside prompts and answer, in the backbone's window."""
+    window: int = model.config.max_position_embeddings
+    return window - model.adaptable.num_prompts - max_new_tokens
+
+
+def require_room(model: MopsModel, inputs: BatchEncoding, max_new_tokens: int) -> None:
+    """Refuse what does not fit, before memory is taken for it.
+
+    Raises:
+        InputError: question and answer are longer than the backbone's window.
+    """
+    room = room_for_question(model, max_new_tokens)
+    if inputs["input_ids"].shape[1] > room:
+        raise InputError(f"The question with its context is longer than {room} tokens; shorten it or the answer.")
+
+
 def stream_answer(model: MopsModel, inputs: BatchEncoding, options: dict[str, Any]) -> str:
     """Print the answer to one question on stdout while it is made; beams show only at the end.
 

@@ -74,11 +74,12 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], days: int = SERV
     authority_key, authority = _load_authority(folder) if _has_authority(folder) else _make_authority(folder)
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = (
-        _certificate(f"mops-fl SuperLink {hosts[0]}", key.public_key(), authority.subject, days)
+        _certificate("mops-fl SuperLink", key.public_key(), authority.subject, days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(names, critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
         .sign(authority_key, hashes.SHA256())
     )
     (folder / SERVER_KEY).unlink(missing_ok=True)
@@ -175,7 +176,11 @@ def _general_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        pass
+    try:
         return x509.DNSName(host)
+    except ValueError as error:
+        raise InputError(f"--host {host!r} is no DNS name ({error}); write it in its xn-- form.") from error
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:

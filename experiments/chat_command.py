@@ -13,6 +13,8 @@ from experiments.adapter_options import (
     load_model,
     print_gate,
     read_generation_options,
+    require_room,
+    room_for_question,
     stream_answer,
 )
 from experiments.generate_command import read_context
@@ -102,18 +104,20 @@ class Chat:
 
         if not instruction:
             return
-        turn, self._context = Turn(instruction, self._context), ""
+        turn = Turn(instruction, self._context)
         inputs = self._fitting(turn)
+        self._context = ""
         if self._show_gate:
             print_gate(self._model, inputs)
         answer = stream_answer(self._model, inputs, self._options)
         self._turns.append(Turn(turn.instruction, turn.context, answer.strip()))
 
     def _fitting(self, turn: Turn) -> BatchEncoding:
-        window = self._model.config.max_position_embeddings - self._options["max_new_tokens"]
-        window -= self._model.adaptable.num_prompts
-        while (inputs := self._model.encode_turns([[*self._turns, turn]]))["input_ids"].shape[1] > window:
-            if not self._turns:
-                raise InputError(f"The question with its context is longer than {window} tokens; shorten it.")
-            del self._turns[0]
+        num_new = self._options["max_new_tokens"]
+        room = room_for_question(self._model, num_new)
+        turns = list(self._turns)
+        while (inputs := self._model.encode_turns([[*turns, turn]]))["input_ids"].shape[1] > room and turns:
+            del turns[0]
+        require_room(self._model, inputs, num_new)
+        self._turns = turns
         return inputs

@@ -26,7 +26,7 @@ from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
 from experiments.deployment import CONNECTION, DeploymentError, LocalDeployment, interrupt_on_signals
 from experiments.run import default_output_dir
-from experiments.run_folder import RunFolder, require_empty
+from experiments.run_folder import CONFIG, RunFolder, require_empty
 from mops_fl.compressed import resolve_model
 from mops_fl.config import Scalar
 from mops_fl.data import DOLLY_TASKS, Row, read_dolly
@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
                 files = cut_data(args.data, Path(scratch), args.nodes, int(run_config["seed"]))
                 _start(deployment, files, console)
                 _run(deployment, AppFolder.find(args.app), {**run_config, "data-path": str(files[0])})
-            return _show(RunFolder.open(Path(str(run_config["output-dir"]))), console)
+            output = Path(str(run_config["output-dir"]))
+            if not (output / CONFIG).is_file():
+                raise DeploymentError("The run did not even begin")
+            return _show(RunFolder.open(output), console)
         except (DeploymentError, KeyboardInterrupt) as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             print(f"mops-fl deploy-demo: {'interrupted' if interrupted else error}; the logs end with", file=sys.stderr)
@@ -206,5 +209,5 @@ def _show(folder: RunFolder, console: Console) -> int:
     console.print(f"run folder: {folder.path}")
     status = (folder.summary or {}).get("status")
     if status != "complete":
-        raise DeploymentError(f"The run is {status or 'not even begun'}")
+        raise DeploymentError(f"The run is {status or 'cut off before its first round'}")
     return 0

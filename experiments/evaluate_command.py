@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         _require_writable(args.json)  # now rather than after an hour
     model = load_model(args)
-    data = given or run_rows(Path(args.adapter).expanduser(), model.description.data, args.rows)
+    data = given or run_rows(Path(args.adapter).expanduser(), model.description.data, args.tasks, args.rows)
     from mops_fl.encoding import RowEncoder
     from mops_fl.evaluation import by_length, evaluate
 
@@ -130,23 +130,26 @@ def read_rows(path: Path, wanted: str, count: int) -> EvaluatedRows:
     return EvaluatedRows(path.name, tasks, rows)
 
 
-def run_rows(run: Path, data_config: DataConfig, count: int) -> EvaluatedRows:
+def run_rows(run: Path, data_config: DataConfig, wanted: str, count: int) -> EvaluatedRows:
     """The test rows on which a run measured its perplexity.
 
     Args:
         run: its folder, which knows where its data lay and how many rows were measured on.
         data_config: the rest, of its adapter.
+        wanted: only these tasks, comma-separated, wildcards allowed; empty: all.
         count: only so many; 0: all of them.
 
     Raises:
-        InputError: as `run_data`.
+        InputError: as `run_data`, or there is no such task.
     """
     from mops_fl.data import spread_rows
+    from mops_fl.task_choice import choose_tasks
 
     folder = RunFolder.open(run)
     data = run_data(folder, data_config)
-    rows = data.evaluation_rows(int(folder.config["eval-rows"]))
-    return EvaluatedRows(f"the run's test rows, {data.description}", data.tasks, spread_rows(rows, count))
+    tasks = choose_tasks(wanted, data.tasks, str(run)) or data.tasks
+    rows = [row for row in data.evaluation_rows(int(folder.config["eval-rows"])) if row.task in tasks]
+    return EvaluatedRows(f"the run's test rows, {data.description}", tasks, spread_rows(rows, count))
 
 
 def run_data(run: RunFolder, data_config: DataConfig) -> TaskData:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+from experiments.adapter_options import require_room
 from experiments.explore_models import Exhibit
-from mops_fl.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
@@ -38,7 +38,11 @@ class Answerer:
         self._closing = threading.Event()
 
     def gate_scores(self, instruction: str, context: str) -> list[list[float] | None]:
-        """The gate's score of each expert for a question, for each exhibit; None for those without a gate."""
+        """The gate's score of each expert for a question, for each exhibit; None for those without a gate.
+
+        Raises:
+            InputError: the question alone would not fit into the backbone's window.
+        """
         return self._worker.submit(self._gate_scores, instruction, context).result()
 
     def stream(self, instruction: str, context: str, options: dict[str, Any]) -> Iterator[Answer]:
@@ -54,7 +58,7 @@ class Answerer:
         """
         for place, exhibit in enumerate(self._exhibits):
             inputs = exhibit.model.encode([instruction], [context])
-            _require_room(exhibit.model, inputs, options["max_new_tokens"])
+            require_room(exhibit.model, inputs, options["max_new_tokens"])
             for text, note in self._stream_one(exhibit.model, inputs, options):
                 yield Answer(place, text, note)
 
@@ -64,7 +68,11 @@ class Answerer:
         self._worker.shutdown(cancel_futures=True)
 
     def _gate_scores(self, instruction: str, context: str) -> list[list[float] | None]:
-        scores = [exhibit.model.gate(**exhibit.model.encode([instruction], [context])) for exhibit in self._exhibits]
+        scores = []
+        for model in (exhibit.model for exhibit in self._exhibits):
+            inputs = model.encode([instruction], [context])
+            require_room(model, inputs, max_new_tokens=1)
+            scores.append(model.gate(**inputs))
         return [None if score is None else score[0].tolist() for score in scores]
 
     def _stream_one(
@@ -97,9 +105,3 @@ class Answerer:
             given_up.set()
         ended = ", cut off at the limit" if num_tokens >= options["max_new_tokens"] else ""
         yield text.strip(), f"{num_tokens} tokens, {num_tokens / seconds:.0f} a second{ended}"
-
-
-def _require_room(model: MopsModel, inputs: BatchEncoding, max_new_tokens: int) -> None:
-    room = model.config.max_position_embeddings - model.adaptable.num_prompts - max_new_tokens
-    if inputs["input_ids"].shape[1] > room:
-        raise InputError(f"The question with its context is longer than {room} tokens; shorten it or the answer.")

@@ -81,7 +81,7 @@ def example_rows(run: RunFolder, data: DataConfig) -> tuple[Row, ...]:
     if rows:
         return spread_rows(rows, len({row.task for row in rows}))
     try:
-        return run_rows(run.path, data, len(tasks)).rows
+        return run_rows(run.path, data, "", len(tasks)).rows
     except InputError:
         return ()
 

@@ -12,6 +12,7 @@ from experiments.adapter_options import (
     load_model,
     print_gate,
     read_generation_options,
+    require_room,
     stream_answer,
 )
 from mops_fl.errors import InputError
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         if number:
             print()
         inputs = model.encode([prompt], [context])
+        require_room(model, inputs, args.max_new_tokens)
         if args.show_gate:
             print_gate(model, inputs)
         stream_answer(model, inputs, options)

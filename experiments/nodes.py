@@ -22,7 +22,9 @@ _QUESTIONS_AT_ONCE = 200
 _NEWCOMER_PATIENCE_SECONDS = 60.0
 
 
-def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> dict[int, ClientInfo]:
+def find_clients(
+    grid: Grid, num_clients: int, backbone_sha256: str, *, patience_seconds: float
+) -> dict[int, ClientInfo]:
     """Wait until `num_clients` nodes are connected, then ask each for its partition id and row count.
 
     A simulation starts its ServerApp before its nodes; whoever samples at once samples among too few.
@@ -30,6 +32,7 @@ def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> di
     Args:
         grid: the connection to the nodes.
         num_clients: nodes that must be there.
+        backbone_sha256: of the weights that all must have.
         patience_seconds: how long to wait while no further node arrives.
 
     Returns:
@@ -37,12 +40,13 @@ def find_clients(grid: Grid, num_clients: int, *, patience_seconds: float) -> di
         which a SuperNode that authenticates itself keeps.
 
     Raises:
-        InputError: too few nodes came, one could not answer, or two are the same client.
+        InputError: too few nodes came, one could not answer or has other weights, or two are the same client.
     """
     node_ids = _wait_for_nodes(grid, num_clients, patience_seconds)
     clients: dict[int, ClientInfo] = {}
     for first in range(0, len(node_ids), _QUESTIONS_AT_ONCE):
-        answers, complaints = _ask(grid, node_ids[first : first + _QUESTIONS_AT_ONCE], timeout=60 + patience_seconds)
+        asked = node_ids[first : first + _QUESTIONS_AT_ONCE]
+        answers, complaints = _ask(grid, asked, backbone_sha256, timeout=60 + patience_seconds)
         if complaints:
             raise InputError(complaints[0])
         clients |= answers
@@ -63,9 +67,10 @@ class RollCall:
     A SuperNode that was started again is another node to the SuperLink, unless it authenticates itself.
     """
 
-    def __init__(self, sampler: ClientSampler) -> None:
-        """Keep `sampler`'s nodes up to date."""
+    def __init__(self, sampler: ClientSampler, backbone_sha256: str) -> None:
+        """Keep `sampler`'s nodes up to date with those that have these weights."""
         self._sampler = sampler
+        self._backbone_sha256 = backbone_sha256
 
     def __call__(self, grid: Grid) -> set[int]:
         """The connected nodes; the sampler is told of those that moved."""
@@ -77,7 +82,7 @@ class RollCall:
         return connected
 
     def _welcome(self, grid: Grid, strangers: list[int], gone: set[int]) -> None:
-        answers, complaints = _ask(grid, strangers, timeout=_NEWCOMER_PATIENCE_SECONDS)
+        answers, complaints = _ask(grid, strangers, self._backbone_sha256, timeout=_NEWCOMER_PATIENCE_SECONDS)
         for complaint in complaints:
             logger.warning("%s", complaint)
         for node_id, info in answers.items():
@@ -129,8 +134,10 @@ def _number(clients: Mapping[int, ClientInfo], num_clients: int) -> dict[int, Cl
     return {node_id: replace(clients[node_id], partition_id=number) for number, node_id in enumerate(sorted(clients))}
 
 
-def _ask(grid: Grid, node_ids: list[int], timeout: float) -> tuple[dict[int, ClientInfo], list[str]]:
-    """Who the nodes are, and what is wrong with those that did not tell."""
+def _ask(
+    grid: Grid, node_ids: list[int], backbone_sha256: str, timeout: float
+) -> tuple[dict[int, ClientInfo], list[str]]:
+    """Who the nodes are, and what is wrong with those that did not tell or have other weights."""
     questions = [
         Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in node_ids
     ]
@@ -142,7 +149,10 @@ def _ask(grid: Grid, node_ids: list[int], timeout: float) -> tuple[dict[int, Cli
             reasons[node_id] = reply.error.reason
             continue
         try:
-            clients[node_id] = decode_info(reply.content)
+            info = decode_info(reply.content)
+            if info.backbone_sha256 != backbone_sha256:
+                raise InputError("it has other weights under the backbone's name; copy the server's folder there")
+            clients[node_id] = info
         except InputError as error:
             reasons[node_id] = error
     return clients, [

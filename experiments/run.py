@@ -72,14 +72,18 @@ class Run(ABC):
         Raises:
             RunError: a round had too few usable replies, or the run folder cannot be written any more.
         """
-        with self._display:
-            self._display.say(f"run folder: {self._folder.path}")
-            self._display.setting(self._setting)
-            checkpoint = self._checkpoint = self._checkpoint or self._prepare()
-            self._round_began = time.monotonic()
-            self._display.begin_rounds()
-            self._train(checkpoint)
-        self._finish(self._checkpoint)
+        try:
+            with self._display:
+                self._display.say(f"run folder: {self._folder.path}")
+                self._display.setting(self._setting)
+                checkpoint = self._checkpoint = self._checkpoint or self._prepare()
+                self._round_began = time.monotonic()
+                self._display.begin_rounds()
+                self._train(checkpoint)
+            self._finish(self._checkpoint)
+        except Exception:
+            self._folder.mark("failed")
+            raise
 
     @abstractmethod
     def _train(self, checkpoint: Checkpoint) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -58,7 +59,7 @@ class RunFolder:
         require_empty(path)
         manifest = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": list(sys.argv),
+            "command": _without_token(sys.argv),
             **git_revision(),
             "config": dict(config),
             "versions": versions(),
@@ -146,6 +147,13 @@ class RunFolder:
         with writing(self.path / METRICS), (self.path / METRICS).open("ab") as file:
             os.fsync(file.fileno())
 
+    def mark(self, status: str) -> None:
+        """Say in the summary how the run ended, if it got as far as writing one and does not say so yet."""
+        summary = self.summary or {}
+        if summary.get("status") == "running":
+            with suppress(RunError):  # the disk that ended the run may still be full
+                self.write_summary({**summary, "status": status})
+
     def rewind(self, last_round: int) -> None:
         """Drop what was logged after a round, all of it for -1: a resumed run logs that again."""
         kept = [entry for entry in self.metrics() if entry["round"] <= last_round]
@@ -221,6 +229,11 @@ def task_names(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """The tasks whose test perplexity was measured, in the order first written, without "all"."""
     measured = (m["task"] for m in metrics if m["metric"] == "perplexity" and m["split"] == "test")
     return [task for task in dict.fromkeys(measured) if task != ALL_TASKS]
+
+
+def _without_token(command: Sequence[str]) -> list[str]:
+    """The command, without the secret with which Flower's process of a ServerApp authenticates itself."""
+    return ["***" if before == "--token" else part for before, part in zip(["", *command], command, strict=False)]
 
 
 def _results_so_far(config: Mapping[str, ConfigValue], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

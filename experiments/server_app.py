@@ -26,7 +26,8 @@ def main(grid: Grid, context: Context) -> None:
     config = ExperimentConfig.from_run_config(context.run_config)
     trainer = connect(context.run_config)
     setting = trainer.setting()
-    clients = find_clients(grid, config.client.partition.num_clients, patience_seconds=NODE_PATIENCE_SECONDS)
+    num_clients = config.client.partition.num_clients
+    clients = find_clients(grid, num_clients, setting.backbone_sha256, patience_seconds=NODE_PATIENCE_SECONDS)
     if config.client.partition.partitioner == OWN_ROWS:
         setting = with_own_rows(setting, clients)
     sampler = ClientSampler(

@@ -11,7 +11,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -111,8 +110,9 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace, training: str) -> 
     source = resolve_data(config.data.dataset, config.data.data_path)
     if source.hub_id is None and not source.is_sample:  # named by data-path or by a variable: recorded either way
         run_config["data-path"] = str(source.path.absolute())
-    if Path(config.backbone.backbone).is_dir():
-        run_config["backbone"] = str(Path(config.backbone.backbone).absolute())
+    for key in ("backbone", "gate-embedding"):
+        if run_config[key] and Path(str(run_config[key])).is_dir():
+            run_config[key] = str(Path(str(run_config[key])).absolute())
     resolve_model(config.backbone)
     if not args.resume:
         require_empty(Path(str(run_config["output-dir"])))
@@ -137,11 +137,7 @@ def _mark(run_config: dict[str, Scalar], status: str) -> None:
     path = Path(str(run_config.get("output-dir", "")))
     if not run_config or not (path / "summary.json").is_file():
         return
-    folder = RunFolder.open(path)
-    summary = folder.summary or {}
-    if summary.get("status") == "running":
-        with suppress(RunError):  # the disk that ended the run may still be full
-            folder.write_summary({**summary, "status": status})
+    RunFolder.open(path).mark(status)
 
 
 def _raise_on_signals() -> None:

@@ -93,7 +93,7 @@ def fetch_dolly() -> Path | None:
         return target
     try:
         huggingface_hub.dataset_info(DOLLY_ID, revision=DOLLY_REVISION, timeout=HUB_TIMEOUT_SECONDS)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
             huggingface_hub.hf_hub_download(
                 DOLLY_ID,
@@ -160,8 +160,11 @@ def staged(target: Path, receipt: str = RECEIPT) -> Iterator[Path]:
     Args:
         target: where the folder goes.
         receipt: name of a file that every folder of the kind holds.
+
+    Raises:
+        InputError: the folder around it cannot be made.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
         folder = Path(scratch) / target.name
         folder.mkdir()
@@ -172,6 +175,13 @@ def staged(target: Path, receipt: str = RECEIPT) -> Iterator[Path]:
             # Another process was first; what it put there is as good.
             if not (target / receipt).is_file():
                 raise
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}); set MOPS_CACHE to a folder of yours.") from error
 
 
 def _download_wheel(folder: Path) -> Path:

@@ -102,12 +102,14 @@ class ClientInfo:
         partition_id: which client it is, or `NOT_NUMBERED`.
         num_examples: rows it trains on.
         trainer: name of the resident trainer that works for it.
+        backbone_sha256: of the weights it trains on, see `mops_fl.compressed.weights_sha256`.
         own_rows: if its rows are its own and no part of a shared set, how many it has of each of its tasks.
     """
 
     partition_id: int
     num_examples: int
     trainer: str
+    backbone_sha256: str
     own_rows: Mapping[str, int] | None = None
 
 
@@ -201,7 +203,12 @@ def shortened(value: object) -> str:
 def encode_info(info: ClientInfo) -> RecordDict:
     """The answer to the query who a node is."""
     config = ConfigRecord(
-        {"partition-id": info.partition_id, "num-examples": info.num_examples, "trainer": info.trainer}
+        {
+            "partition-id": info.partition_id,
+            "num-examples": info.num_examples,
+            "trainer": info.trainer,
+            "backbone-sha256": info.backbone_sha256,
+        }
     )
     if info.own_rows is not None:
         config[TASKS] = list(info.own_rows)
@@ -216,10 +223,16 @@ def decode_info(content: RecordDict) -> ClientInfo:
         InputError: it is not one.
     """
     config: dict[str, Any] = dict(content.config_records.get(CONFIG, {}))
-    kinds = {"partition-id": int, "num-examples": int, "trainer": str}
+    kinds = {"partition-id": int, "num-examples": int, "trainer": str, "backbone-sha256": str}
     if any(type(config.get(name)) is not kind for name, kind in kinds.items()) or config["num-examples"] < 0:
         raise InputError(f"It answers {shortened(config)}, not who it is; update its software.")
-    return ClientInfo(config["partition-id"], config["num-examples"], config["trainer"], _own_rows(config))
+    return ClientInfo(
+        config["partition-id"],
+        config["num-examples"],
+        config["trainer"],
+        config["backbone-sha256"],
+        _own_rows(config),
+    )
 
 
 def _own_rows(config: Mapping[str, Any]) -> dict[str, int] | None:

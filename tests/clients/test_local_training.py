@@ -203,7 +203,7 @@ def test_one_client_federated_is_the_same_client_trained_centrally(build, method
     # Federated: one client, one round, uniform weights.
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-    sampler = ClientSampler({7: ClientInfo(0, 4, "shared")}, clients_per_round=1, cohort_size=1, seed=0)
+    sampler = ClientSampler({7: ClientInfo(0, 4, "shared", "weights")}, clients_per_round=1, cohort_size=1, seed=0)
     strategy = STRATEGIES[method](
         sampler,
         weighting="uniform",

@@ -122,25 +122,28 @@ def test_a_clients_sums_stand_at_the_tasks_that_were_asked_for():
 
 def test_nodes_with_rows_of_their_own_are_numbered_by_node_id():
     def own(**per_task):
-        return encode_info(ClientInfo(-1, sum(per_task.values()), "mine", per_task))
+        return encode_info(ClientInfo(-1, sum(per_task.values()), "mine", "weights", per_task))
 
     grid = FakeGrid({70: own(qa=3), 50: own(qa=1, chat=2)})
-    clients = find_clients(grid, 2, patience_seconds=0.1)
+    clients = find_clients(grid, 2, "weights", patience_seconds=0.1)
     assert [(node, info.partition_id, info.num_examples) for node, info in clients.items()] == [(50, 0, 3), (70, 1, 3)]
     assert clients[50].own_rows == {"qa": 1, "chat": 2}
     with pytest.raises(InputError, match="2 SuperNodes with rows of their own are connected, but num-clients is 1"):
-        find_clients(grid, 1, patience_seconds=0.1)
+        find_clients(grid, 1, "weights", patience_seconds=0.1)
 
 
 def test_task_that_the_server_does_not_know_is_refused(run_config):
     setting = Trainer(run_config({"partitioner": "own-rows", "num-clients": 2})).setting()
-    here = {50: ClientInfo(0, 2, "a", {"open_qa": 2}), 70: ClientInfo(1, 1, "b", {"brainstorming": 1})}
+    here = {
+        50: ClientInfo(0, 2, "a", "weights", {"open_qa": 2}),
+        70: ClientInfo(1, 1, "b", "weights", {"brainstorming": 1}),
+    }
     manifest = with_own_rows(setting, here).manifest
     assert manifest["partitioner"] == "own-rows"
     assert [client["per-task"]["open_qa"] for client in manifest["clients"]] == [2, 0]
     assert [client["rows"] for client in manifest["clients"]] == [[], []]
     with pytest.raises(InputError, match="Node 70 has rows of the task 'poetry', which is none of the server's"):
-        with_own_rows(setting, {**here, 70: ClientInfo(1, 1, "b", {"poetry": 1})})
+        with_own_rows(setting, {**here, 70: ClientInfo(1, 1, "b", "weights", {"poetry": 1})})
 
 
 @pytest.fixture

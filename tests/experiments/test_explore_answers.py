@@ -98,3 +98,5 @@ def test_failure_reaches_the_reader_instead_of_leaving_it_waiting(answerer, exhi
 def test_question_that_does_not_fit_is_refused(answerer):
     with pytest.raises(InputError, match=r"longer than \d+ tokens; shorten it or the answer"):
         list(answerer.stream("Why? " * 200, "", OPTIONS))
+    with pytest.raises(InputError, match=r"longer than \d+ tokens"):
+        answerer.gate_scores("Why? " * 200, "")

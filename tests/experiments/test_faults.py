@@ -11,9 +11,12 @@ import tomli_w
 
 from clients import client_app, resident, trainer
 from experiments import durable, simulation
+from experiments.app_folder import AppFolder
 from experiments.run_folder import RunFolder, series
+from experiments.runtimes import run_inline
 from mops_fl.adapter_folder import load_adapter
 from mops_fl.payload import ARRAYS, METRICS, from_record, to_record
+from strategies.fedprompt import FedPrompt, RoundError
 
 pytestmark = pytest.mark.usefixtures("command_in_process")
 
@@ -267,3 +270,14 @@ def test_contradicting_values_are_refused(command, tmp_path, changes, complaint)
     assert code == 2
     assert complaint in one_sentence(errors)
     assert not (tmp_path / "run").exists()
+
+
+def test_run_that_flower_itself_starts_says_that_it_failed(run_config, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RoundError("too few")
+
+    monkeypatch.setattr(FedPrompt, "aggregate_train", fail)
+    values = run_config({"output-dir": str(tmp_path / "run")})
+    with pytest.raises(RoundError):
+        run_inline(AppFolder.find("experiments.dolly"), values, catch_signals=lambda: None)
+    assert RunFolder.open(tmp_path / "run").summary["status"] == "failed"

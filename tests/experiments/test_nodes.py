@@ -45,19 +45,19 @@ class FakeGrid:
 
 
 def info(partition_id, num_examples=4):
-    return encode_info(ClientInfo(partition_id, num_examples, "shared"))
+    return encode_info(ClientInfo(partition_id, num_examples, "shared", "weights"))
 
 
 def test_clients_are_found_in_order_of_their_partition_ids():
-    clients = find_clients(FakeGrid({50: info(2), 70: info(0, 9), 60: info(1)}), 3, patience_seconds=0.1)
+    clients = find_clients(FakeGrid({50: info(2), 70: info(0, 9), 60: info(1)}), 3, "weights", patience_seconds=0.1)
     assert list(clients) == [70, 60, 50]
-    assert clients[70] == ClientInfo(0, 9, "shared")
+    assert clients[70] == ClientInfo(0, 9, "shared", "weights")
 
 
 def test_waits_as_long_as_nodes_keep_arriving():
     # Four nodes, one every 0.15 s: longer in all than the patience, but never from one to the next.
     grid = FakeGrid({10 + i: info(i) for i in range(4)}, seconds_between=0.15)
-    assert len(find_clients(grid, 4, patience_seconds=0.4)) == 4
+    assert len(find_clients(grid, 4, "weights", patience_seconds=0.4)) == 4
     assert grid.looks > 2
     assert time.monotonic() - grid.began > 0.55
 
@@ -65,7 +65,7 @@ def test_waits_as_long_as_nodes_keep_arriving():
 def test_too_few_nodes_are_an_input_error_after_the_patience():
     grid = FakeGrid({10: info(0), 11: info(1)})
     with pytest.raises(InputError, match="2 SuperNodes are connected, but num-clients is 3"):
-        find_clients(grid, 3, patience_seconds=0.1)
+        find_clients(grid, 3, "weights", patience_seconds=0.1)
     assert 0.1 < time.monotonic() - grid.began < 5
 
 
@@ -75,15 +75,19 @@ def test_too_few_nodes_are_an_input_error_after_the_patience():
         ({10: info(0), 11: info(0)}, r"\[0, 0\], not 0 to 1 once each"),
         ({10: info(1), 11: info(2)}, r"\[1, 2\], not 0 to 1 once each"),
         ({10: info(0), 11: info(1), 12: info(2)}, r"\[0, 1, 2\], not 0 to 1 once each"),
+        (
+            {10: info(0), 11: encode_info(ClientInfo(1, 4, "a", "others"))},
+            "Node 11 cannot take part: it has other weights",
+        ),
         ({10: info(0), 11: None}, "Node 11 cannot take part: no answer in time"),
         ({10: info(0), 11: "gone"}, "Node 11 cannot take part: node unavailable"),
         ({10: info(0), 11: Error(code=2, reason="no partition-id")}, "Node 11 cannot take part: no partition-id"),
     ],
-    ids=["same twice", "not from 0", "one too many", "one silent", "one gone", "one failed"],
+    ids=["same twice", "not from 0", "one too many", "other weights", "one silent", "one gone", "one failed"],
 )
 def test_nodes_that_are_not_the_clients_are_an_input_error(answers, complaint):
     with pytest.raises(InputError, match=complaint):
-        find_clients(FakeGrid(answers), 2, patience_seconds=0.1)
+        find_clients(FakeGrid(answers), 2, "weights", patience_seconds=0.1)
 
 
 def sampler_of(clients):
@@ -91,46 +95,57 @@ def sampler_of(clients):
 
 
 def test_client_that_came_back_as_another_node_is_asked_there():
-    sampler = sampler_of({10: ClientInfo(0, 4, "a"), 11: ClientInfo(1, 4, "b")})
-    assert RollCall(sampler)(FakeGrid({10: info(0), 77: info(1)})) == {10, 77}
+    sampler = sampler_of({10: ClientInfo(0, 4, "a", "weights"), 11: ClientInfo(1, 4, "b", "weights")})
+    assert RollCall(sampler, "weights")(FakeGrid({10: info(0), 77: info(1)})) == {10, 77}
     assert sampler.node_of == {0: 10, 1: 77}
 
 
 def test_clients_with_rows_of_their_own_are_known_again_by_them():
     def own(**per_task):
-        return ClientInfo(-1, sum(per_task.values()), "new", per_task)
+        return ClientInfo(-1, sum(per_task.values()), "new", "weights", per_task)
 
-    before = find_clients(FakeGrid({n: encode_info(own(qa=n, chat=1)) for n in (10, 11, 12)}), 3, patience_seconds=0.1)
+    before = find_clients(
+        FakeGrid({n: encode_info(own(qa=n, chat=1)) for n in (10, 11, 12)}), 3, "weights", patience_seconds=0.1
+    )
     sampler = sampler_of(before)
     back = {10: info(0), 77: encode_info(own(qa=12, chat=1)), 78: encode_info(own(qa=12, chat=1))}
-    assert RollCall(sampler)(FakeGrid(back)) == {10, 77, 78}
+    assert RollCall(sampler, "weights")(FakeGrid(back)) == {10, 77, 78}
     # Two say that they are the third; one is believed. Nobody is the second.
     assert sampler.node_of == {0: 10, 1: 11, 2: 77}
 
 
 def test_stranger_that_claims_to_be_a_connected_client_is_not_believed():
-    sampler = sampler_of({10: ClientInfo(0, 4, "a"), 11: ClientInfo(1, 4, "b")})
-    RollCall(sampler)(FakeGrid({10: info(0), 77: info(0)}))
+    sampler = sampler_of({10: ClientInfo(0, 4, "a", "weights"), 11: ClientInfo(1, 4, "b", "weights")})
+    RollCall(sampler, "weights")(FakeGrid({10: info(0), 77: info(0)}))
     assert sampler.node_of == {0: 10, 1: 11}
 
 
-@pytest.mark.parametrize("answer", [None, Error(code=2, reason="it broke"), RecordDict()])
+@pytest.mark.parametrize(
+    "answer",
+    [None, Error(code=2, reason="it broke"), RecordDict(), encode_info(ClientInfo(1, 4, "b", "other weights"))],
+)
 def test_stranger_that_does_not_say_who_it_is_does_no_harm(answer):
-    sampler = sampler_of({10: ClientInfo(0, 4, "a"), 11: ClientInfo(1, 4, "b")})
-    assert RollCall(sampler)(FakeGrid({10: info(0), 77: answer})) == {10, 77}
+    sampler = sampler_of({10: ClientInfo(0, 4, "a", "weights"), 11: ClientInfo(1, 4, "b", "weights")})
+    assert RollCall(sampler, "weights")(FakeGrid({10: info(0), 77: answer})) == {10, 77}
     assert sampler.node_of == {0: 10, 1: 11}
 
 
 def test_nobody_is_questioned_while_all_are_there():
-    sampler = sampler_of({10: ClientInfo(0, 4, "a")})
+    sampler = sampler_of({10: ClientInfo(0, 4, "a", "weights")})
     grid = FakeGrid({10: info(0), 77: Error(code=2, reason="never asked")})
     grid.send_and_receive = None
-    RollCall(sampler)(grid)
+    RollCall(sampler, "weights")(grid)
 
 
 def test_stranger_with_an_error_does_not_keep_those_out_that_are_back(caplog):
-    sampler = sampler_of({10: ClientInfo(0, 4, "a"), 11: ClientInfo(1, 4, "b"), 12: ClientInfo(2, 4, "c")})
+    sampler = sampler_of(
+        {
+            10: ClientInfo(0, 4, "a", "weights"),
+            11: ClientInfo(1, 4, "b", "weights"),
+            12: ClientInfo(2, 4, "c", "weights"),
+        }
+    )
     back = {10: info(0), 76: Error(code=2, reason="no rows"), 77: info(2)}
-    assert RollCall(sampler)(FakeGrid(back)) == {10, 76, 77}
+    assert RollCall(sampler, "weights")(FakeGrid(back)) == {10, 76, 77}
     assert sampler.node_of == {0: 10, 1: 11, 2: 77}
     assert "Node 76 cannot take part: no rows" in caplog.text

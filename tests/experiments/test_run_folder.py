@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tomllib
 from pathlib import Path
 
@@ -128,3 +129,10 @@ def test_results_without_a_summary_come_from_the_log(make_run) -> None:
     assert results["perplexity_before"]["all"] == 40.0
     assert results["perplexity"]["all"] == 20.0
     assert results["perplexity_bare"]["open_qa"] == pytest.approx(60.0 * 0.9)
+
+
+def test_token_of_flowers_process_is_not_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["flwr-serverapp", "--token", "secret", "--run-once"])
+    RunFolder.create(tmp_path / "run", {})
+    assert "secret" not in (tmp_path / "run" / "config.toml").read_text()
+    assert RunFolder.open(tmp_path / "run").manifest["command"] == ["flwr-serverapp", "--token", "***", "--run-once"]

@@ -179,6 +179,13 @@ def test_chat_forgets_what_does_not_fit_and_refuses_what_never_could(chat, model
     found = chat("Why?", long)
     assert found.out == f"{library_answer(model, 'Why?')}\n{library_answer(model, long)}\n"
     assert "longer than" in chat(long + "a").err
+    # What was said before stays: the next answer is to both turns.
+    answer = library_answer(model, "Why?").strip()
+    inputs = model.encode_turns([[Turn("Why?", "", answer), Turn("Who?", "")]])
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert chat("Why?", long + "a", "Who?").out.splitlines()[-1] == model.tokenizer.decode(
+        output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
 
 
 def evaluated(capsys, tmp_path, run, *options):
@@ -316,7 +323,7 @@ def test_test_rows_that_are_not_the_runs_are_refused(key, value, reason, run, tm
     (copy / "config.toml").write_text(tomli_w.dumps(manifest), encoding="utf-8")
     data_config = replace(read_section(DataConfig, folder.config), **({"data_seed": 7} if key == "data-seed" else {}))
     with pytest.raises(InputError, match=reason):
-        run_rows(copy, data_config, 0)
+        run_rows(copy, data_config, "", 0)
 
 
 def test_refused_evaluation_leaves_earlier_figures(capsys, tmp_path, run):
@@ -325,3 +332,16 @@ def test_refused_evaluation_leaves_earlier_figures(capsys, tmp_path, run):
     options = ["--data", str(sample_path()), "--json", str(tmp_path / "out.json")]
     assert main(["evaluate", "--adapter", str(tmp_path / "no-adapter"), *options]) == 2
     assert (tmp_path / "out.json").read_text(encoding="utf-8") == "earlier"
+
+
+def test_tasks_of_the_runs_own_rows_can_be_chosen(run, capsys, tmp_path):
+    found, _ = evaluated(capsys, tmp_path, run, "--no-generation", "--tasks", "open_qa")
+    assert set(found["tasks"]) == {"open_qa", "all"}
+    assert main(["evaluate", "--adapter", str(run), "--no-generation", "--tasks", "poetry"]) == 2
+    assert "poetry" in capsys.readouterr().err
+
+
+def test_question_that_never_fits_is_refused(run, capsys, tmp_path):
+    (tmp_path / "long.txt").write_text("word " * 500, encoding="utf-8")
+    assert main(["generate", "--adapter", str(run), *NEW, "Sum up.", "--context", str(tmp_path / "long.txt")]) == 2
+    assert "is longer than" in capsys.readouterr().err

@@ -82,11 +82,11 @@ def test_reply_carries_the_adapter_and_its_metrics_and_nothing_else():
 
 
 def test_info_arrives_as_it_was():
-    info = ClientInfo(partition_id=12, num_examples=0, trainer="gpu-1")
+    info = ClientInfo(partition_id=12, num_examples=0, trainer="gpu-1", backbone_sha256="ab")
     content = through_the_wire(encode_info(info))
     assert decode_info(content) == info
     assert set(content) == {"config"}
-    assert set(content["config"]) == {"partition-id", "num-examples", "trainer"}
+    assert set(content["config"]) == {"partition-id", "num-examples", "trainer", "backbone-sha256"}
 
 
 def test_arrays_that_are_not_contiguous_arrive_as_they_look():

@@ -43,7 +43,7 @@ class Round:
         absent: Collection[int] = (),
         num_experts: int = 0,
     ) -> None:
-        clients = {90 + i: ClientInfo(i, 10, "shared") for i in range(num_clients)}
+        clients = {90 + i: ClientInfo(i, 10, "shared", "weights") for i in range(num_clients)}
         self.reports: list[RoundReport] = []
         self.strategy = strategy_class(
             ClientSampler(clients, clients_per_round=num_clients, cohort_size=cohort_size, seed=0),

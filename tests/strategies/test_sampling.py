@@ -11,7 +11,7 @@ from strategies.sampling import ClientSampler
 def nodes(num_clients, *, first_node=100, reverse=False, empty=(), trainers=("shared",)):
     """Node id -> client; client ``i`` asks trainer ``i mod len(trainers)``."""
     clients = {
-        first_node + i: ClientInfo(i, 0 if i in empty else i + 1, trainers[i % len(trainers)])
+        first_node + i: ClientInfo(i, 0 if i in empty else i + 1, trainers[i % len(trainers)], "weights")
         for i in range(num_clients)
     }
     return dict(reversed(clients.items())) if reverse else clients
