@@ -2,6 +2,7 @@ from collections import Counter
 
 import pytest
 
+from experiments import deploy_demo_command
 from experiments.cli import main
 from experiments.deploy_demo_command import SERVER_ROWS_PER_TASK, cut_data
 from mops_fl.data import DOLLY_TASKS, read_dolly
@@ -44,3 +45,26 @@ def test_bad_input_starts_nothing(tiny_model_folder, capsys, tmp_path, monkeypat
     assert complaint in errors.err
     assert "starting" not in errors.out
     assert not list(tmp_path.iterdir())
+
+
+def test_run_that_never_begins_shows_the_logs(tiny_model_folder, capsys, tmp_path, monkeypatch):
+    class Deployment:
+        def __init__(self, folder, insecure):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def tails(self):
+            return "the SuperNode's last words"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(deploy_demo_command, "LocalDeployment", Deployment)
+    monkeypatch.setattr(deploy_demo_command, "_start", lambda *_: None)
+    monkeypatch.setattr(deploy_demo_command, "_run", lambda *_: None)
+    assert main(["deploy-demo", "-c", f"backbone='{tiny_model_folder}'"]) == 1
+    errors = capsys.readouterr().err
+    assert "The run did not even begin; the logs end with\nthe SuperNode's last words" in errors
