@@ -27,7 +27,8 @@ class TrainerConfig:
         eval_rows: test rows that are measured, spread evenly over the tasks; 0 for all.
         evaluate_on: the `server` measures on its test rows, or each of the `clients` on rows that it keeps back.
         central_rows: what central training learns from, the `clients`' rows or the `server`'s.
-        cache_megabytes: most memory for frozen hidden states, in MiB; 0 keeps none there.
+        cache_megabytes: most memory for frozen hidden states, in MiB, on a GPU at most half of what the model leaves
+            free; 0 keeps none there.
         cache_file_megabytes: most bytes of a memory-mapped file for those that the memory cannot take, in MiB.
     """
 

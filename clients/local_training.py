@@ -66,8 +66,8 @@ def train_cohort(
             raise
         if len(clients) == 1:
             raise InputError(
-                "One client's batch does not fit into memory; lower `batch-size` or `max-length`, or take a smaller "
-                f"or quantised backbone ({error})."
+                "One client's batch does not fit into memory; lower `batch-size`, `max-length` or `cache-megabytes`, "
+                f"or take a smaller or quantised backbone ({error})."
             ) from error
     # Behind the handler, which keeps the failed attempt's tensors alive.
     logger.warning("%d clients do not fit into memory together; they are trained in halves", len(clients))
@@ -122,6 +122,7 @@ class Training:
             self._optimizer.step()
             for tally, of_step in zip(self._tallies[:active], _tally(losses, active), strict=True):
                 tally.append(of_step)
+            del losses  # bitsandbytes keeps inputs on the graph, which would stay through the next forward pass
         self._seconds += time.monotonic() - began
 
     def optimizer_state(self) -> AdapterState:

@@ -300,7 +300,10 @@ class Trainer:
         digest = _digest(frozen)
         if self._model is None or self._model[0] != digest:
             config = self._config.trainer
-            cache = StateCache(config.cache_megabytes << 20, config.cache_file_megabytes << 20)
+            memory = config.cache_megabytes << 20
+            if self._backbone.device.type == "cuda":  # the rest of the card is for the batches
+                memory = min(memory, torch.cuda.mem_get_info(self._backbone.device)[0] // 2)
+            cache = StateCache(memory, config.cache_file_megabytes << 20)
             model = self._method.model(self._backbone, self._config.adapter, _tensors(frozen), cache)
             self._model = (digest, model)
         return self._model[1]

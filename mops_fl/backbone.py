@@ -112,6 +112,9 @@ class Backbone:
         if config.gate_embedding != OWN_EMBEDDING:
             embedder = TextEmbedder.load(config.gate_embedding, where)
         dtype = resolve_dtype(config.dtype, where)
+        if where.type == "cuda":
+            # cuDNN's attention makes a plan for each new shape, up to a second; here nearly every batch has its own.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         on_load = None
         if config.quantization != "none":
             # Here, since bitsandbytes takes seconds to import.

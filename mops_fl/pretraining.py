@@ -118,7 +118,7 @@ def gate_inputs(
     """What the gate sees of the rows' questions `(R, D)`, and each row's own expert `(R,)`."""
     # To the model's cache a question is another row than the one that goes on with its answer.
     questions = [replace(row, row_id=~row.row_id, token_ids=row.token_ids[: row.prompt_length]) for row in rows]
-    pooled = torch.stack([states.pooled for states in spread(lambda row: model.row_states([row])[0], questions)])
+    pooled = torch.stack(list(spread(lambda row: model.row_states([row])[0].pooled, questions)))
     return pooled, torch.tensor([row.task for row in rows], device=pooled.device) % num_experts
 
 

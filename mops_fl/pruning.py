@@ -47,9 +47,12 @@ def prune(
     _check_groups(linears, recipe)
     rows: Any = [{"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)} for token_ids in calibration]
     with _quiet():
+        from llmcompressor import reset_session
+
         modifier, oneshot = _load(recipe)
         with _heard(progress, len(linears)) as warnings:
             oneshot(model=model, processor=tokenizer, dataset=DataLoader(rows, batch_size=1), recipe=modifier)
+        reset_session()  # it would hold the float32 model from here on
     return {name: linear.weight.detach().cpu() for name, linear in linears.items()}, warnings
 
 

@@ -165,10 +165,14 @@ def _start_ia3(name: str, linear: Any, _: AdapterConfig, __: torch.Generator) ->
 
 def _change_ia3(name: str, arrays: list[Tensor], lengths: list[int], _: AdapterConfig) -> Change:
     (scale,) = arrays
-    scale = scale.repeat_interleave(torch.tensor(lengths, device=scale.device), dim=0)  # (T, in or out)
+
+    def scaled(hidden: Tensor) -> Tensor:  # (B, T, in or out)
+        parts = zip(hidden.split(lengths, 1), scale, strict=True)
+        return torch.cat([part * of_adapter for part, of_adapter in parts], 1)
+
     if _scales_input(name):
-        return lambda base, x: base(x * scale)
-    return lambda base, x: base(x) * scale
+        return lambda base, x: base(scaled(x))
+    return lambda base, x: scaled(base(x))
 
 
 def _scales_input(name: str) -> bool:

@@ -262,7 +262,7 @@ def test_cohort_that_does_not_fit_is_trained_in_parts(model, monkeypatch, caplog
 @OUT_OF_MEMORY
 def test_client_that_does_not_fit_alone_is_an_input_error(model, monkeypatch, error):
     monkeypatch.setattr(PromptedModel, "losses", failing_above(0, error))
-    with pytest.raises(InputError, match="lower `batch-size` or `max-length`"):
+    with pytest.raises(InputError, match="lower `batch-size`, `max-length` or `cache-megabytes`"):
         train_cohort(model, start("mops"), [client(0, 3), client(1, 3)], TRAIN)
 
 
