@@ -44,7 +44,7 @@ class Run(ABC):
         """Make the run folder, or open it and go back to its newest checkpoint, or to the start if it has none.
 
         Raises:
-            InputError: the folder cannot be used, or is that of another run.
+            InputError: the folder cannot be used, is that of another run, or another process writes there.
             RunError: it cannot be written any more.
         """
         self._config = config
@@ -54,11 +54,13 @@ class Run(ABC):
         self._checkpoint: Checkpoint | None = None
         if config.federation.resume:
             self._folder = RunFolder.open(path)
+            self._claim = self._folder.claim()
             _require_same_run(self._folder, run_config, setting)
             self._checkpoint = load_checkpoint(path)
             self._folder.rewind(self._checkpoint.progress.rounds_done if self._checkpoint else -1)
         else:
             self._folder = RunFolder.create(path, {**run_config, "output-dir": str(path)})
+            self._claim = self._folder.claim()
         self._folder.write_json(PARTITION, setting.manifest)
         self._progress = self._checkpoint.progress if self._checkpoint else Progress()
         self._began = time.monotonic() - self._progress.elapsed_seconds
@@ -84,6 +86,8 @@ class Run(ABC):
         except Exception:
             self._folder.mark("failed")
             raise
+        finally:
+            self._claim.close()
 
     @abstractmethod
     def _train(self, checkpoint: Checkpoint) -> None:

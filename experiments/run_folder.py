@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 
 import tomli_w
 
@@ -146,6 +147,20 @@ class RunFolder:
         """Return when every line logged so far would outlive a loss of power."""
         with writing(self.path / METRICS), (self.path / METRICS).open("ab") as file:
             os.fsync(file.fileno())
+
+    def claim(self) -> BinaryIO:
+        """Keep other processes from writing here, until the file that is returned is closed.
+
+        Raises:
+            InputError: another process writes here.
+        """
+        claim = (self.path / CONFIG).open("rb")
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            claim.close()
+            raise InputError(f"{self.path} is being written by another process; wait for it, or stop it.") from error
+        return claim
 
     def mark(self, status: str) -> None:
         """Say in the summary how the run ended, if it got as far as writing one and does not say so yet."""

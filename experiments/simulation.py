@@ -30,7 +30,7 @@ from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
 from experiments.display import own_traceback
 from experiments.run import default_output_dir
-from experiments.run_folder import RunFolder, require_empty
+from experiments.run_folder import CONFIG, RunFolder, require_empty
 from experiments.runtimes import Backend, run_inline, run_on_ray
 from mops_fl.compressed import resolve_model
 from mops_fl.config import Scalar
@@ -70,23 +70,23 @@ def run_app(program: str, args: argparse.Namespace, backend: Backend, *, trainin
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the run prints its own progress and failures
     logging.getLogger("mops_fl").setLevel(logging.INFO)
     run_config: dict[str, Scalar] = {}
-    code, status, message = 0, "", ""
+    code, message = 0, ""
     try:
         app = AppFolder.find(args.app)
         run_config = _resolve_config(app, args, training)
         backend(app, run_config, catch_signals=_raise_on_signals)
     except InputError as error:
-        code, status, message = 2, "failed", str(error)
+        code, message = 2, str(error)
     except RunError as error:
-        code, status, message = 1, "failed", own_traceback(str(error))
+        code, message = 1, own_traceback(str(error))
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        code, status, message = 128 + number, "interrupted", "interrupted; go on with --resume"
-    except Exception:  # the last line of defence: show it, mark the run, exit with 1
-        code, status, message = 1, "failed", traceback.format_exc()
+        code, message = 128 + number, "interrupted; go on with --resume"
+        _mark_interrupted(run_config)
+    except Exception:  # the last line of defence: show it, exit with 1
+        code, message = 1, traceback.format_exc()
     if message:
         print(f"{program}: {message}", file=sys.stderr)
-        _mark(run_config, status)
     return code
 
 
@@ -132,12 +132,11 @@ def _resumed_config(
     return {**run_config, "output-dir": str(folder.absolute()), "resume": True}
 
 
-def _mark(run_config: dict[str, Scalar], status: str) -> None:
-    """Say in the summary how the run ended, if it got as far as writing one."""
+def _mark_interrupted(run_config: dict[str, Scalar]) -> None:
+    """Here, since on Ray the run itself is in another thread than the signal."""
     path = Path(str(run_config.get("output-dir", "")))
-    if not run_config or not (path / "summary.json").is_file():
-        return
-    RunFolder.open(path).mark(status)
+    if run_config and (path / CONFIG).is_file():
+        RunFolder.open(path).mark("interrupted")
 
 
 def _raise_on_signals() -> None:

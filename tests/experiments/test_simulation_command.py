@@ -207,3 +207,15 @@ def test_resume_takes_no_number_of_clients(command, tmp_path):
     assert command(num_server_rounds=1)[0] == 0
     outcome = command("--resume", str(tmp_path / "run"), "--num-supernodes", "7", configured=False)
     assert_refused(outcome, "leave all other options away")
+
+
+def test_run_that_another_process_writes_is_not_touched(command, tmp_path):
+    assert command(num_server_rounds=1)[0] == 0
+    run = RunFolder.open(tmp_path / "run")
+    run.write_summary({**run.summary, "status": "running"})
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    with run.claim():
+        outcome = command("--resume", str(tmp_path / "run"), configured=False)
+        assert_refused(outcome, "is being written by another process")
+        assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
+    assert command("--resume", str(tmp_path / "run"), configured=False)[0] == 0
