@@ -153,13 +153,15 @@ class RunFolder:
 
         Raises:
             InputError: another process writes here.
+            RunError: the folder cannot be written.
         """
-        claim = (self.path / CONFIG).open("rb")
-        try:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            claim.close()
-            raise InputError(f"{self.path} is being written by another process; wait for it, or stop it.") from error
+        with writing(self.path):
+            claim = (self.path / CONFIG).open("r+b")  # not "rb", with which NFS grants no lock
+            try:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                claim.close()
+                raise InputError(f"{self.path} is being written by another process; wait for it or stop it.") from error
         return claim
 
     def mark(self, status: str) -> None:
