@@ -4,7 +4,7 @@ Each is Flower's own strategy object, of which only `aggregate_train` is used; w
 `strategies.fedprompt`'s.
 """
 
-import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,7 +81,8 @@ def needed_replies(config: AggregationConfig) -> int:
         return max(2 * config.krum_malicious + 3, config.krum_selected)
     if config.aggregation == "trimmed-mean" and config.trimmed_fraction:
         # Flower cuts off int(fraction * replies) at either end: with too few, none, and what is left is the mean.
-        return next(count for count in itertools.count(1) if int(config.trimmed_fraction * count))
+        least = math.ceil(1 / config.trimmed_fraction)
+        return least if int(config.trimmed_fraction * least) else least + 1
     return 1
 
 
