@@ -82,6 +82,7 @@ def label_perplexity_axes(axes: Axes) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(9) if narrow else LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(plain_number))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("client steps")
     axes.set_ylabel("test perplexity (log scale)")
