@@ -28,7 +28,7 @@ test: install
 	$(BIN)/python -m pytest -q
 
 test-slow: fetch
-	$(BIN)/python -m pytest -q -m slow
+	MOPS_REQUIRE_MODEL=1 $(BIN)/python -m pytest -q -m slow
 
 lint: install
 	$(BIN)/ruff format --check .

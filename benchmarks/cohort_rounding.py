@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from benchmarks.harness import BACKBONE, NUM_PROMPTS, Figure, arguments, random_row, report
-from benchmarks.step_speed import ADAPTER
+from benchmarks.harness import ADAPTER, BACKBONE, NUM_PROMPTS, Figure, arguments, random_row, report
 from clients.lanes import Lanes
 from clients.local_training import ClientRows, train_cohort
 from mops_fl.adapter import initial_state

@@ -34,7 +34,7 @@ class Outcome:
     """What a federation came to.
 
     Attributes:
-        perplexity: of all test rows at the end; infinite if the adapter is not finite any more.
+        perplexity: of all test rows at the end; NaN if the adapter is not finite any more.
         refused: replies that were refused, over all rounds.
     """
 

@@ -18,10 +18,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Figure, arguments, report
-from experiments.app_folder import AppFolder
+from benchmarks.harness import ADAPTER, RUN_CONFIG, Figure, arguments, report
 from mops_fl.adapter import initial_state
-from mops_fl.config import AdapterConfig, read_section
 from mops_fl.payload import INPUT_PROMPTS, Cohort, TrainRequest
 
 NUM_STEPS, HIDDEN, CLIENT = 10, 576, 5
@@ -56,10 +54,10 @@ def main() -> None:
 
 def write_message(path: Path, number: int) -> Path:
     """A round's train message, with an adapter as it starts."""
-    values = AppFolder.find("experiments.dolly").run_config(()) | {"local-steps": NUM_STEPS}
-    config, generator = read_section(AdapterConfig, values), torch.Generator().manual_seed(0)
-    prompts = torch.randn(config.num_prompts, HIDDEN, generator=generator) * 0.1
-    adapter = {name: tensor.numpy() for name, tensor in initial_state(config, prompts, generator).items()}
+    values = RUN_CONFIG | {"local-steps": NUM_STEPS}
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(ADAPTER.num_prompts, HIDDEN, generator=generator) * 0.1
+    adapter = {name: tensor.numpy() for name, tensor in initial_state(ADAPTER, prompts, generator).items()}
     request = TrainRequest(number, Cohort((CLIENT,), 0, 1), adapter, {INPUT_PROMPTS: prompts.numpy()})
     path.write_bytes(pickle.dumps((values, CLIENT, request)))
     return path

@@ -14,8 +14,7 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.harness import BACKBONE, Figure, arguments, measure_in_turn, report
-from experiments.app_folder import AppFolder
+from benchmarks.harness import ADAPTER, BACKBONE, RUN_CONFIG, Figure, arguments, measure_in_turn, report
 from mops_fl.adapter import initial_state
 from mops_fl.adapter_folder import AdapterDescription, SavedAdapter
 from mops_fl.backbone import Backbone
@@ -28,8 +27,6 @@ from mops_fl.weights import initial_weights
 NUM_QUESTION, NUM_NEW = 83, 64
 BATCHES = (1, 4)
 BARE = "bare Hugging Face model"
-RUN_CONFIG = AppFolder.find("experiments.dolly").run_config(())
-ADAPTER = read_section(AdapterConfig, RUN_CONFIG)
 CASES = {
     "MoPs": ADAPTER,
     "MoPs, gating by embedding": dataclasses.replace(ADAPTER, gating="embedding"),

@@ -16,12 +16,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from experiments.app_folder import AppFolder
 from experiments.machine import git_revision, machine, versions
+from mops_fl.config import AdapterConfig, read_section
 from mops_fl.encoding import EncodedRow
 
 BACKBONE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Averages of Dolly at the default length, and the prompts of the default adapter.
-NUM_TOKENS, NUM_RESPONSE, NUM_PROMPTS = 138, 55, 70
+RUN_CONFIG = AppFolder.find("experiments.dolly").run_config(())
+ADAPTER = read_section(AdapterConfig, RUN_CONFIG)
+# Averages of Dolly at the default length.
+NUM_TOKENS, NUM_RESPONSE, NUM_PROMPTS = 138, 55, ADAPTER.num_prompts
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.harness import BACKBONE, NUM_PROMPTS, Figure, arguments, measure_in_turn, random_row, report
-from benchmarks.step_speed import ADAPTER, PEFT_CONFIGS
+from benchmarks.harness import ADAPTER, BACKBONE, NUM_PROMPTS, Figure, arguments, measure_in_turn, random_row, report
+from benchmarks.step_speed import PEFT_CONFIGS
 from clients.lanes import Lanes
 from clients.local_training import ClientRows, train_cohort
 from mops_fl.adapter import AdapterState, initial_state

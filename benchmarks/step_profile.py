@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import BACKBONE, NUM_PROMPTS, NUM_RESPONSE, Figure, arguments, measure_in_turn, report
-from benchmarks.step_speed import ADAPTER, mops_step
+from benchmarks.harness import ADAPTER, BACKBONE, NUM_PROMPTS, NUM_RESPONSE, Figure, arguments, measure_in_turn, report
+from benchmarks.step_speed import mops_step
 from mops_fl.backbone import Backbone
 from mops_fl.config import BackboneConfig
 from mops_fl.head_loss import head_nll

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.harness import (
+    ADAPTER,
     BACKBONE,
     NUM_PROMPTS,
     NUM_RESPONSE,
@@ -32,12 +33,11 @@ from clients.lanes import Lanes
 from clients.local_training import client_losses
 from mops_fl.adapter import PromptAdapter, initial_state
 from mops_fl.backbone import Backbone
-from mops_fl.config import AdapterConfig, BackboneConfig
+from mops_fl.config import BackboneConfig
 from mops_fl.model import PromptedModel
 from mops_fl.sources import resolve_backbone
 from mops_fl.state_cache import StateCache
 
-ADAPTER = AdapterConfig("mops", 10, 7, 10, "attention", "question", "random", 128, 8, 16.0)
 CAUSAL = peft.TaskType.CAUSAL_LM
 PEFT_CONFIGS = {
     "peft prompt tuning": lambda: peft.PromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=NUM_PROMPTS),

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_type_hints
 
 from mops_fl.config import (
+    OWN_EMBEDDING,
     AdapterConfig,
     BackboneConfig,
     DataConfig,
@@ -46,9 +48,6 @@ class TrainerConfig:
         require_at_least("cache-file-megabytes", self.cache_file_megabytes, 0)
 
 
-_SECTIONS = (BackboneConfig, DataConfig, AdapterConfig, PretrainConfig, TrainConfig, PartitionConfig, TrainerConfig)
-
-
 @dataclass(frozen=True)
 class ClientConfig:
     """Everything a client, and the trainer behind it, needs to know."""
@@ -69,15 +68,7 @@ class ClientConfig:
             InputError: a key is missing or holds a bad value.
         """
         try:
-            config = cls(
-                backbone=read_section(BackboneConfig, run_config),
-                data=read_section(DataConfig, run_config),
-                adapter=read_section(AdapterConfig, run_config),
-                pretrain=read_section(PretrainConfig, run_config),
-                train=read_section(TrainConfig, run_config),
-                partition=read_section(PartitionConfig, run_config),
-                trainer=read_section(TrainerConfig, run_config),
-            )
+            config = cls(**{name: read_section(kind, run_config) for name, kind in get_type_hints(cls).items()})
         except InputError:
             raise
         except ValueError as error:
@@ -86,6 +77,10 @@ class ClientConfig:
             raise InputError("`held-out-tasks` are tested where `evaluate-on` is 'server'; change one of them.")
         if config.adapter.prompt_init == "transformed" and not config.pretrain.input_prompts:
             raise InputError("`prompt-init` is 'transformed', but `input-prompts` is false; change one of them.")
+        if config.adapter.pooling == "all" and config.backbone.gate_embedding != OWN_EMBEDDING:
+            raise InputError(
+                "`pooling` is 'all', but the model of `gate-embedding` sees the question only; change one."
+            )
         if config.adapter.routing == "nearest" and not config.data.server_rows:
             raise InputError("`routing` is 'nearest', but `server-rows` is 0; give the server rows to route by.")
         return config
@@ -93,4 +88,4 @@ class ClientConfig:
     @staticmethod
     def keys() -> set[str]:
         """The run-config keys read here."""
-        return section_keys(*_SECTIONS)
+        return section_keys(*get_type_hints(ClientConfig).values())

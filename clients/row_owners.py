@@ -36,6 +36,11 @@ class RowOwners:
             return load_server_rows(self._config.data, with_test=self._config.trainer.evaluate_on == "server")
         return load_task_data(self._config.data)
 
+    @property
+    def measured_rows(self) -> Sequence[Row]:
+        """Those on this machine that are measured on: the test rows, or the clients', who each keep some back."""
+        return self.data.test if self._config.trainer.evaluate_on == "server" else self.data.train
+
     def rows_of(self, partition_id: int) -> tuple[Sequence[Row], Sequence[Row]]:
         """The rows that a client trains on, and those that it keeps back to be measured on.
 

@@ -26,8 +26,8 @@ from clients.local_training import ClientRows, Training, train_cohort
 from clients.row_owners import RowOwners
 from mops_fl.adapter import AdapterState
 from mops_fl.backbone import Backbone
-from mops_fl.compressed import resolve_model, weights_sha256
-from mops_fl.config import Scalar
+from mops_fl.compressed import backbone_sha256, prefer_calibrated_on, require_not_calibrated_on
+from mops_fl.config import BackboneConfig, Scalar
 from mops_fl.data import Row, TaskData
 from mops_fl.encoding import EncodedRow, RowEncoder
 from mops_fl.errors import InputError
@@ -43,6 +43,7 @@ from mops_fl.payload import (
     TrainRequest,
     TrainResult,
 )
+from mops_fl.routing import check_num_experts
 from mops_fl.state_cache import StateCache
 
 
@@ -77,7 +78,7 @@ class Setting:
         device: where it runs.
         hidden_size: the backbone's.
         num_layers: the backbone's.
-        backbone_sha256: of the backbone's weights, see `mops_fl.compressed.weights_sha256`.
+        backbone_sha256: of the frozen weights, see `mops_fl.compressed.backbone_sha256`.
         data_sha256: of the rows that are on this machine.
     """
 
@@ -126,7 +127,8 @@ class Trainer:
         """Load data and model and say what they are.
 
         Raises:
-            InputError: no such model or data, or a layer that the model does not have.
+            InputError: no such model or data, a layer that the model does not have, experts that would never be used,
+                or a pruned model that has seen the test rows.
         """
         with self._lock:
             return self._setting()
@@ -141,11 +143,11 @@ class Trainer:
     def prepare(self) -> Start:
         """Pretrain the input prompts and the gate on the server's rows."""
         with self._lock:
-            backbone, rows = self._backbone, self._encode(self._data.server)
+            backbone, rows, num_tasks = self._backbone, self._encode(self._data.server), len(self._data.trained_tasks)
         self._lanes.take_share(1)  # the input prompts are trained here, row by row
         generator = torch.Generator().manual_seed(self._config.partition.seed)
         start = self._method.start(
-            backbone, rows, self._config.adapter, self._config.pretrain, generator, self._lanes.map
+            backbone, rows, num_tasks, self._config.adapter, self._config.pretrain, generator, self._lanes.map
         )
         adapter = {name: tensor.numpy() for name, tensor in start.adapter.items()}
         frozen = {INPUT_PROMPTS: start.input_prompts, **(start.neighbours.to_frozen() if start.neighbours else {})}
@@ -233,14 +235,18 @@ class Trainer:
         return self._owners.data
 
     @cached_property
+    def _backbone_config(self) -> BackboneConfig:
+        return prefer_calibrated_on(self._data, self._config.backbone)
+
+    @cached_property
     def _backbone(self) -> Backbone:
-        backbone = Backbone.load(self._config.backbone)
+        backbone = Backbone.load(self._backbone_config)
         check_inject_layer(self._config.adapter.inject_layer, backbone)
         return backbone
 
     @cached_property
     def _backbone_sha256(self) -> str:
-        return weights_sha256(resolve_model(self._config.backbone))
+        return backbone_sha256(self._backbone_config)
 
     @cached_property
     def _encoder(self) -> RowEncoder:
@@ -258,6 +264,8 @@ class Trainer:
 
     def _setting(self) -> Setting:
         data = self._data
+        require_not_calibrated_on(self._owners.measured_rows, self._backbone_config)
+        check_num_experts(self._config.adapter, len(data.trained_tasks))
         train, test, server = (self._encode(part) for part in (data.train, data.test, data.server))
         return Setting(
             tasks=data.tasks,

@@ -156,11 +156,13 @@ class _Server:
             threading.Thread(target=self._answer, args=[connection], daemon=True).start()
 
     def _answer(self, connection: Connection) -> None:
-        with connection, suppress(EOFError, OSError):  # whoever asked may be gone
-            connection.send(self._carry_out(*connection.recv()))
-        with self._lock:
-            self._active -= 1
-            self._last_used = time.monotonic()
+        try:
+            with connection, suppress(EOFError, OSError):  # whoever asked may be gone
+                connection.send(self._carry_out(*connection.recv()))
+        finally:
+            with self._lock:
+                self._active -= 1
+                self._last_used = time.monotonic()
 
     def _carry_out(self, settings: str, method: str, args: tuple[object, ...]) -> tuple[bool, object]:
         try:
@@ -188,7 +190,8 @@ class _Server:
 
 def _state(path: str) -> list[tuple[str, int, int]]:
     """Name, bytes and time of the last change of each file in a folder, or of the one that it is."""
-    files = [file for file in (Path(path), *sorted(Path(path).rglob("*"))) if file.is_file()]
+    top = Path(path).expanduser()
+    files = [file for file in (top, *sorted(top.rglob("*"))) if file.is_file()]
     return [(str(file), status.st_size, status.st_mtime_ns) for file in files if (status := file.stat())]
 
 

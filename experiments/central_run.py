@@ -6,6 +6,7 @@ runs of both kinds can be laid over each other step by step.
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 
 from clients.resident import connect
@@ -14,7 +15,7 @@ from experiments.checkpoint import Checkpoint
 from experiments.config import ExperimentConfig
 from experiments.run import Run
 from mops_fl.config import Scalar
-from mops_fl.errors import InputError
+from mops_fl.errors import InputError, RunError
 from mops_fl.payload import METRICS, encode_result
 from partitioning import OWN_ROWS
 from strategies.fedprompt import RoundReport
@@ -37,6 +38,9 @@ class CentralRun(Run):
         for number in range(done + 1, federation.num_server_rounds + 1):
             training.advance(segment)
             (result,) = training.results()
+            if not all(np.isfinite(array).all() for array in (np.array(result.loss_sum), *result.adapter.values())):
+                lr = self._config.client.train.lr
+                raise RunError(f"Round {number}: the training is not finite any more; lower `lr`, which is {lr}.")
             totals = dict(encode_result(result).metric_records[METRICS])
             self._after_training(RoundReport(number, totals, drift={}, failures=(), bytes_down=0, bytes_up=0))
             moments = training.optimizer_state()
@@ -53,6 +57,8 @@ def run_centrally(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_sig
         raise InputError("`evaluate-on` is 'clients', but central training has none; set it to server.")
     if partition.partitioner == OWN_ROWS and trainer_config.central_rows == "clients":
         raise InputError("`partitioner` is 'own-rows', which only the clients have; set central-rows to server.")
+    if config.noise.clip_norm:
+        raise InputError("`clip-norm` is set, but central training has no clients' updates to clip; set it to 0.")
     catch_signals()
     trainer = connect(run_config)
     CentralRun(config, run_config, trainer, trainer.setting()).run()

@@ -7,6 +7,7 @@ that was registered. Private keys are written for their owner's eyes only, and n
 import argparse
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,13 +24,18 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from experiments.durable import PARTIAL, writing
 from mops_fl.errors import InputError
 
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 397
 AUTHORITY_KEY, AUTHORITY_CERTIFICATE = "ca.key", "ca.crt"
 SERVER_KEY, SERVER_CERTIFICATE = "server.key", "server.crt"
+_ADVICE = "choose another folder"
 _LOOPBACK = ("localhost", "127.0.0.1")  # the SuperLink's own processes, and `flwr run` on its machine
+_LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
+# The last label is more than digits: 10.0.0.256 is a mistyped address.
+_HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z)(\*\.)?({_LABEL}\.)*(?!\d+\Z){_LABEL}")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -58,7 +64,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def make_server_certificate(folder: Path, hosts: Sequence[str], days: int = SERVER_DAYS) -> None:
     """Write `server.key` and `server.crt`, signed by the folder's authority, which is made if there is none.
 
-    An older pair is replaced: so a certificate is renewed.
+    An older pair is replaced: so a certificate is renewed. Bad input writes nothing.
 
     Args:
         folder: made if need be.
@@ -66,12 +72,16 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], days: int = SERV
         days: how long it is valid.
 
     Raises:
-        InputError: `days` is not positive, the folder cannot be written, or its authority cannot be used.
+        InputError: a host is no name or address, `days` is not positive or more than the authority has left, the
+            folder cannot be written, or its authority cannot be used.
     """
     if days < 1:
         raise InputError(f"--days is {days}; it must be at least 1.")
     names = x509.SubjectAlternativeName([_general_name(host) for host in dict.fromkeys([*hosts, *_LOOPBACK])])
-    authority_key, authority = _load_authority(folder) if _has_authority(folder) else _make_authority(folder)
+    with writing(folder, _ADVICE, InputError):
+        is_new = not _has_authority(folder)
+    authority_key, authority = _new_authority() if is_new else _load_authority(folder)
+    _require_lasting(authority, days)
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = (
         _certificate("mops-fl SuperLink", key.public_key(), authority.subject, days)
@@ -82,22 +92,27 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], days: int = SERV
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
         .sign(authority_key, hashes.SHA256())
     )
-    (folder / SERVER_KEY).unlink(missing_ok=True)
-    _write_private(folder / SERVER_KEY, _pem(key))
-    (folder / SERVER_CERTIFICATE).write_bytes(certificate.public_bytes(Encoding.PEM))
+    with writing(folder, _ADVICE, InputError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            public = authority.public_bytes(Encoding.PEM)
+            _write_pair(folder / AUTHORITY_KEY, _pem(authority_key), folder / AUTHORITY_CERTIFICATE, public)
+        public = certificate.public_bytes(Encoding.PEM)
+        _replace_pair(folder / SERVER_KEY, _pem(key), folder / SERVER_CERTIFICATE, public)
 
 
 def make_node_key(folder: Path, name: str) -> None:
     """Write a SuperNode's key pair as OpenSSH does: `NAME`, which is secret, and `NAME.pub`, to be registered.
 
     Raises:
-        InputError: there is one of this name already, or the folder cannot be written.
+        InputError: there is one of this name already, even half of it, or the folder cannot be written.
     """
-    _make_folder(folder)
     key = ec.generate_private_key(ec.SECP384R1())
-    _write_private(folder / name, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    (folder / f"{name}.pub").write_bytes(public + f" {name}\n".encode())
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + f" {name}\n".encode()
+    with writing(folder, _ADVICE, InputError):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_pair(folder / name, private, folder / f"{name}.pub", public)
 
 
 def _run_server(args: argparse.Namespace) -> int:
@@ -117,11 +132,18 @@ def _run_node(args: argparse.Namespace) -> int:
 
 
 def _has_authority(folder: Path) -> bool:
-    return (folder / AUTHORITY_KEY).is_file()
+    if (folder / AUTHORITY_KEY).is_file():
+        return True
+    for name in (AUTHORITY_CERTIFICATE, SERVER_CERTIFICATE):
+        if (folder / name).exists():  # SuperNodes that trust it would not trust another authority's
+            raise InputError(
+                f"{folder} has {name}, but not the {AUTHORITY_KEY} that belongs to it; bring {AUTHORITY_KEY} back, "
+                "or use another folder for a new authority."
+            )
+    return False
 
 
-def _make_authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    _make_folder(folder)
+def _new_authority() -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mops-fl CA")])
     certificate = (
@@ -130,8 +152,6 @@ def _make_authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Cert
         .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .sign(key, hashes.SHA256())
     )
-    _write_private(folder / AUTHORITY_KEY, _pem(key))
-    (folder / AUTHORITY_CERTIFICATE).write_bytes(certificate.public_bytes(Encoding.PEM))
     return key, certificate
 
 
@@ -148,6 +168,14 @@ def _load_authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Cert
             f"{AUTHORITY_KEY} and {AUTHORITY_CERTIFICATE} in {folder} are no pair of ours; use another folder."
         )
     return key, certificate
+
+
+def _require_lasting(authority: x509.Certificate, days: int) -> None:
+    end = authority.not_valid_after_utc
+    left = (end - datetime.now(UTC)).days
+    if days > left:
+        advice = f"give at most {left} days" if left > 0 else "make a new one in another folder"
+        raise InputError(f"--days is {days}, but the authority itself lasts until {end:%Y-%m-%d}; {advice}.")
 
 
 def _certificate(name: str, key: ec.EllipticCurvePublicKey, issuer: x509.Name, days: int) -> x509.CertificateBuilder:
@@ -177,28 +205,41 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(host)
-    except ValueError as error:
-        raise InputError(f"--host {host!r} is no DNS name ({error}); write it in its xn-- form.") from error
+    if not _HOST_NAME.fullmatch(host):
+        raise InputError(
+            f"--host {host!r} is neither a host name nor an IP address; write it without scheme, port, mask or blank, "
+            "and letters beyond a to z in their xn-- form."
+        )
+    return x509.DNSName(host)
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be made ({error.strerror}); choose another folder.") from error
+def _replace_pair(private: Path, secret: bytes, public: Path, content: bytes) -> None:
+    """Put a pair in the place of an older one, which stays until both are written."""
+    new_private, new_public = (path.with_name(path.name + PARTIAL) for path in (private, public))
+    new_private.unlink(missing_ok=True)
+    new_public.unlink(missing_ok=True)
+    _write_pair(new_private, secret, new_public, content)
+    new_private.replace(private)
+    new_public.replace(public)
 
 
-def _write_private(path: Path, content: bytes) -> None:
+def _write_pair(private: Path, secret: bytes, public: Path, content: bytes) -> None:
+    """Write two files that are not there yet, or neither; the private one is its owner's alone."""
+    written: list[Path] = []
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-    except FileExistsError as error:
-        raise InputError(f"{path} is there already, and keys are never replaced; choose another name.") from error
+        for path, text, mode in ((public, content, 0o644), (private, secret, 0o600)):
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                written.append(path)
+                file.write(text)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another folder.") from error
+        for path in written:
+            path.unlink()
+        if isinstance(error, FileExistsError):
+            raise InputError(
+                f"{error.filename} is there already, and keys are never replaced; choose another name."
+            ) from error
+        raise

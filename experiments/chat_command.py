@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from experiments.adapter_options import (
     room_for_question,
     stream_answer,
 )
-from experiments.generate_command import read_context
+from experiments.generate_command import read_context, require_utf8
 from mops_fl.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         set_seed(args.seed)
     description = model.description
     print(f"{description.adapter.method} on {description.backbone.backbone}; /help lists the commands", file=sys.stderr)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # else a wrong byte costs the lines that were read with it
     Chat(model, options, args.show_gate).loop()
     return 0
 
@@ -104,6 +107,7 @@ class Chat:
 
         if not instruction:
             return
+        require_utf8(instruction)
         turn = Turn(instruction, self._context)
         inputs = self._fitting(turn)
         self._context = ""

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -22,11 +23,15 @@ from experiments import (
     sweep_command,
     train_command,
 )
-from mops_fl.errors import InputError
+from mops_fl.errors import InputError, RunError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; bad input ends it with one sentence and exit code 2."""
+    """Run one command; whatever ends it early is one sentence and an exit code.
+
+    Returns:
+        The command's own exit code; 1 if it cannot go on, 2 for bad input, 130 for Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         "mops-fl",
         description="Fetch model and data, prune, train, sweep; report on runs, compare and use them; deploy.",
@@ -43,4 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"mops-fl: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"mops-fl: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        print("mops-fl: interrupted", file=sys.stderr)
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     return code

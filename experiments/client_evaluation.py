@@ -11,16 +11,23 @@ from mops_fl.evaluation import Evaluation
 from mops_fl.payload import (
     EvaluateRequest,
     EvaluateResult,
-    decode_evaluate_result,
     encode_evaluate_request,
 )
-from strategies.fedprompt import RoundError, node_asked
+from mops_fl.reply_check import checked_sums
+from strategies.fedprompt import RoundError
+from strategies.replies import error_text, node_asked
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate_on_clients(
-    grid: Grid, node_ids: Iterable[int], request: EvaluateRequest, *, num_experts: int, timeout_seconds: float
+    grid: Grid,
+    node_ids: Iterable[int],
+    request: EvaluateRequest,
+    *,
+    num_experts: int,
+    tokens_per_row: int,
+    timeout_seconds: float,
 ) -> tuple[Evaluation, int]:
     """Ask all nodes and add their sums up; a node without a usable answer is left out, with a warning.
 
@@ -29,6 +36,7 @@ def evaluate_on_clients(
         node_ids: nodes that have rows.
         request: what to measure.
         num_experts: experts of the adapter's gate, 0 without one.
+        tokens_per_row: most that one row may have.
         timeout_seconds: how long to wait for all of them.
 
     Returns:
@@ -44,8 +52,8 @@ def evaluate_on_clients(
         node_id = node_asked(reply, questions)
         try:
             if reply.has_error():
-                raise InputError(reply.error.reason or f"error {reply.error.code}")
-            results[node_id] = decode_evaluate_result(reply.content, len(request.tasks), num_experts)
+                raise InputError(error_text(reply))
+            results[node_id] = checked_sums(reply.content, len(request.tasks), num_experts, tokens_per_row)
         except InputError as error:
             logger.warning("Node %d could not evaluate: %s", node_id, error)
     if not results:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.drawing import readable
-from experiments.plots import differing_keys, plot_comparison, run_labels, told_apart
+from experiments.fairness import unfair_differences
+from experiments.plots import plot_comparison, run_labels, told_apart
 from experiments.report import (
     NOTHING,
     bytes_text,
@@ -30,10 +32,8 @@ PLOT = "comparison.png"
 TABLE = "comparison.md"
 # Runs that differ in these alone are repetitions of one experiment.
 REPEATED = ("seed", "output-dir", "resume")
-# Whatever decides which test rows there are and which of their tokens count.
-TEST_ROWS = ("data-seed", "num-rows", "test-fraction", "server-rows", "eval-rows", "max-length", "loss-on")
-# The bare model gives the same perplexity on the same rows, up to the machine's rounding.
-BARE_TOLERANCE = 0.01
+# "all" pools the tokens, so that tasks with long answers dominate; this is the geometric mean over the tasks.
+TASKS_ALIKE = "each task alike"
 
 
 class Block(NamedTuple):
@@ -60,7 +60,7 @@ class SeedGroup(NamedTuple):
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `compare` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("compare", help="put runs side by side: table, gain in %, curves in one plot")
+    parser = subparsers.add_parser("compare", help="put runs side by side: table, gain in %%, curves in one plot")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders; gains are against the first")
     parser.add_argument(
         "--output",
@@ -129,11 +129,13 @@ def comparison_tables(runs: Sequence[RunFolder]) -> list[ComparisonTable]:
 
 
 def seed_groups(runs: Sequence[RunFolder]) -> list[SeedGroup]:
-    """The runs grouped by everything but the seed, in the order given; no two groups have the same label."""
+    """The runs grouped by everything but the seed, in the order given; no two groups have the same label.
+
+    Config keys that only one of two runs has do not tell them apart: other versions of the software know other keys.
+    """
     groups: list[list[RunFolder]] = []
     for run in runs:
-        own = told_apart(run)
-        same = [group for group in groups if not differing_keys([told_apart(group[0]), own], ignore=REPEATED)]
+        same = [group for group in groups if all(_is_repetition(run, other) for other in group)]
         if same:
             same[0].append(run)
         else:
@@ -142,24 +144,29 @@ def seed_groups(runs: Sequence[RunFolder]) -> list[SeedGroup]:
     return [SeedGroup(label, group) for label, group in zip(labels, groups, strict=True)]
 
 
+def _is_repetition(run: RunFolder, other: RunFolder) -> bool:
+    first, second = told_apart(run), told_apart(other)
+    hashes = [one.results().get("data_sha256") for one in (run, other)]
+    if None not in hashes:  # what was read says more than where it lay
+        first["data-path"], second["data-path"] = hashes
+    return all(first[key] == second[key] for key in first.keys() & second.keys() - set(REPEATED))
+
+
 def gain_percent(first: float | None, other: float | None) -> float | None:
     """By how much `other` is below `first`, in per cent of `first`; a lower perplexity is a positive gain."""
     return None if first is None or other is None else 100 * (first - other) / first
 
 
+def common_gain_percent(first: Mapping[object, float], other: Mapping[object, float]) -> float | None:
+    """The gain of the mean over the seeds that both have, given seed -> perplexity; None if there is no such seed."""
+    common = first.keys() & other.keys()
+    means = (statistics.fmean(of[seed] for seed in common) if common else None for of in (first, other))
+    return gain_percent(*means)
+
+
 def fairness_warning(runs: Sequence[RunFolder]) -> str | None:
     """One line that names what differs between the runs though a fair comparison holds it equal, or None."""
-    results = [run.results() for run in runs]
-    compared: dict[str, list[object]] = {
-        "client steps": [count_text(result.get("client_steps")) for result in results],
-        "dataset": [_dataset(result) for result in results],
-        "backbone": [result.get("backbone") for result in results],
-        "compression": [result.get("compression") for result in results],
-        "quantization": [result.get("quantization") for result in results],
-        "status": [result.get("status", "complete") for result in results],
-    }
-    differing = [f"{name} ({_listed(values)})" for name, values in compared.items() if len(set(values)) > 1]
-    differing += _differing_test_rows(runs, results)
+    differing = unfair_differences(runs)
     return f"Not a fair comparison, the runs differ in: {'; '.join(differing)}." if differing else None
 
 
@@ -176,23 +183,42 @@ def _run_table(runs: Sequence[RunFolder]) -> ComparisonTable:
         ["sent by the clients", *(bytes_text(result.get("bytes_up")) for result in results)],
         ["training time", *(seconds_text(result.get("train_seconds")) for result in results)],
     ]
-    blocks = [Block("perplexity", after), Block("gain against the first", gains), Block("cost", cost)]
+    blocks = [
+        Block("perplexity", after),
+        Block("gain against the first (positive: lower perplexity)", gains),
+        Block("cost", cost),
+    ]
     return ComparisonTable("Test perplexity after training", ["", *run_labels(runs)], blocks)
 
 
 def _group_table(groups: Sequence[SeedGroup]) -> ComparisonTable:
-    results = [[run.results() for run in group.runs] for group in groups]
     rows, gains = [], []
-    for task in _task_order([result for group in results for result in group]):
-        values = [[_perplexity(result).get(task) for result in group] for group in results]
-        known = [[value for value in group if value is not None] for group in values]
-        means = [statistics.fmean(group) if group else None for group in known]
-        rows.append([readable(task), *map(_spread, known)])
-        gains.append(_gain_row(task, means))
-    columns = [f"{group.label}, {len(group.runs)} seed{'s' * (len(group.runs) > 1)}" for group in groups]
+    for task in _task_order([run.results() for group in groups for run in group.runs]):
+        values = [_values_by_seed(group, task) for group in groups]
+        rows.append([readable(task), *(_spread([value for of_seed in group.values() for value in of_seed])
+                                       for group in values)])  # fmt: skip
+        first, *others = [{seed: statistics.fmean(of_seed) for seed, of_seed in group.items()} for group in values]
+        gains.append([readable(task), NOTHING, *(percent_text(common_gain_percent(first, other)) for other in others)])
+    columns = [f"{group.label}, {_counted(group.runs)}" for group in groups]
     title = "Over seeds: mean ± standard deviation (lowest-highest)"
-    blocks = [Block("perplexity", rows), Block("gain of the mean against the first", gains)]
-    return ComparisonTable(title, ["", *columns], blocks)
+    gain = "gain of the mean against the first, over the seeds that both have (positive: lower perplexity)"
+    return ComparisonTable(title, ["", *columns], [Block("perplexity", rows), Block(gain, gains)])
+
+
+def _counted(runs: Sequence[RunFolder]) -> str:
+    """How many seeds; where one was run again, how many runs."""
+    seeds = len({run.config.get("seed") for run in runs})
+    return f"{len(runs)} runs" if seeds < len(runs) else f"{seeds} seed{'s' * (seeds > 1)}"
+
+
+def _values_by_seed(group: SeedGroup, task: str) -> dict[object, list[float]]:
+    """Seed -> a task's perplexities, without the runs that have none."""
+    by_seed: dict[object, list[float]] = {}
+    for run in group.runs:
+        value = _perplexity(run.results()).get(task)
+        if value is not None:
+            by_seed.setdefault(run.config.get("seed"), []).append(value)
+    return by_seed
 
 
 def _gain_row(task: str, values: Sequence[float | None]) -> list[str]:
@@ -207,36 +233,18 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _perplexity(result: dict[str, Any]) -> dict[str, float | None]:
-    return {row.task: row.after for row in perplexity_rows(result)}
+    figures = {row.task: row.after for row in perplexity_rows(result)}
+    of_tasks = [value for task, value in figures.items() if task != ALL_TASKS]
+    known = [value for value in of_tasks if value is not None]
+    if len(known) == len(of_tasks) > 1:
+        figures[TASKS_ALIKE] = statistics.geometric_mean(known)
+    return figures
 
 
 def _task_order(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Every task of any of the runs, and "all" at the end."""
+    """Every task of any of the runs, then both figures over all of them."""
     tasks = dict.fromkeys(task for result in results for task in _perplexity(result))
-    return sorted(tasks, key=lambda task: task == ALL_TASKS)
-
-
-def _dataset(result: dict[str, Any]) -> str:
-    name = str(result.get("dataset"))
-    return f"{name}, bundled sample" if result.get("data_is_sample") else name
-
-
-def _differing_test_rows(runs: Sequence[RunFolder], results: Sequence[dict[str, Any]]) -> list[str]:
-    """Config keys that choose the test rows; where they agree, the bare model is the judge."""
-    configs = [run.config for run in runs]
-    keys = [key for key in differing_keys(configs) if key in TEST_ROWS]
-    if keys:
-        values = [f"{key} {_listed([config.get(key) for config in configs])}" for key in keys]
-        return [f"test rows ({', '.join(values)})"]
-    bare = [row.bare for result in results for row in perplexity_rows(result)
-            if row.task == ALL_TASKS and row.bare is not None]  # fmt: skip
-    if bare and max(bare) > (1 + BARE_TOLERANCE) * min(bare):
-        return [f"perplexity of the bare model ({_listed([perplexity_text(value) for value in bare])})"]
-    return []
-
-
-def _listed(values: Sequence[object]) -> str:
-    return " / ".join(str(value) for value in dict.fromkeys(values))
+    return sorted(tasks, key=lambda task: (task == ALL_TASKS, task == TASKS_ALIKE))
 
 
 def _to_rich(table: ComparisonTable) -> Table:
@@ -250,7 +258,7 @@ def _to_rich(table: ComparisonTable) -> Table:
         shown.add_section()
         shown.add_row(block.heading, style="italic")
         for row in block.rows:
-            shown.add_row(*row, style="bold" if row[0] == readable(ALL_TASKS) else None)
+            shown.add_row(escape(row[0]), *row[1:], style="bold" if row[0] == readable(ALL_TASKS) else None)
     return shown
 
 

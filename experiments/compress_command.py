@@ -9,7 +9,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from experiments.app_folder import AppFolder
-from mops_fl.compressed import NotPrunedError, read_compression_receipt, resolve_model
+from mops_fl.compressed import NotPrunedError, SeveralPrunedError, read_compression_receipt, resolve_model
 from mops_fl.config import BackboneConfig, DataConfig, Scalar, read_section, require_at_least
 from mops_fl.recipe import PruningRecipe
 
@@ -93,6 +93,8 @@ def prune_if_missing(run_config: Mapping[str, Scalar], say: Callable[[str], None
     backbone = read_section(BackboneConfig, run_config)
     try:
         resolve_model(backbone)
+    except SeveralPrunedError:
+        return  # the run knows which by its data, or refuses
     except NotPrunedError:
         from mops_fl.compression import Calibration, compress
         from mops_fl.data import load_task_data

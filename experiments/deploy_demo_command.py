@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,14 +20,16 @@ from typing import IO
 
 import numpy as np
 import tomli_w
+from flwr.common.config import parse_config_args
 from rich.console import Console
 from rich.table import Table
 
 from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
-from experiments.deployment import CONNECTION, DeploymentError, LocalDeployment, interrupt_on_signals
+from experiments.deployment import CONNECTION, DeploymentError, LocalDeployment
 from experiments.run import default_output_dir
 from experiments.run_folder import CONFIG, RunFolder, require_empty
+from experiments.signals import raise_on_signals
 from mops_fl.compressed import resolve_model
 from mops_fl.config import Scalar
 from mops_fl.data import DOLLY_TASKS, Row, read_dolly
@@ -37,6 +40,11 @@ from partitioning.registry import PartitionConfig, partition_rows
 
 SERVER_ROWS_PER_TASK = 20
 CLIENT_ROWS = 100
+# What the demo decides itself, and the option that it goes by.
+OWN_KEYS = {
+    "num-clients": "--nodes", "num-server-rounds": "--rounds", "data-path": "--data", "server-rows": "",
+    "partitioner": "", "evaluate-on": "",
+}  # fmt: skip
 # What `flwr run --stream` says beside what the run itself prints.
 _CHATTER = re.compile(r"(\x1b\[\d+m)?(INFO|WARNING) ?(\x1b\[0m)?:|Using SuperLink|Successfully (started|installed)")
 
@@ -61,14 +69,14 @@ def run(args: argparse.Namespace) -> int:
     """Deploy, run, show the result, end everything.
 
     Returns:
-        The exit code: 0 done, 1 failed, 130 Ctrl-C.
+        The exit code: 0 done, 1 failed, 130 Ctrl-C, 143 SIGTERM.
 
     Raises:
         InputError: the options, the data or the configuration cannot be used.
     """
     run_config = _run_config(args)
     console = Console(soft_wrap=True, highlight=False)
-    interrupt_on_signals()
+    raise_on_signals()
     with tempfile.TemporaryDirectory(prefix="mops-") as scratch:
         deployment = LocalDeployment(Path(scratch), insecure=args.insecure)
         try:
@@ -84,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             interrupted = isinstance(error, KeyboardInterrupt)
             print(f"mops-fl deploy-demo: {'interrupted' if interrupted else error}; the logs end with", file=sys.stderr)
             print(deployment.tails(), file=sys.stderr)
-            return 130 if interrupted else 1
+            return 128 + (error.args[0] if error.args else signal.SIGINT) if interrupted else 1
 
 
 def cut_data(data: Path | None, folder: Path, num_nodes: int, seed: int) -> list[Path]:
@@ -98,6 +106,9 @@ def cut_data(data: Path | None, folder: Path, num_nodes: int, seed: int) -> list
 
     Returns:
         The server's file, then the nodes'.
+
+    Raises:
+        InputError: the file cannot be used, or has no row for one of them.
     """
     source = resolve_dolly(str(data or ""))
     rng = np.random.default_rng(seed)
@@ -110,7 +121,12 @@ def cut_data(data: Path | None, folder: Path, num_nodes: int, seed: int) -> list
     # From the other end, since of rare tasks the server has all the first ones.
     rest = [row for row in shuffled if row.row_id not in kept][-CLIENT_ROWS * num_nodes :]
     config = PartitionConfig("skewed-shards", num_nodes, seed, skew=5.0, dirichlet_alpha=1.0, shards_per_client=1)
-    dealt = partition_rows([row.task for row in rest], config=config)
+    dealt = partition_rows([row.task for row in rest], config=config) if rest else [[]]
+    if not all(dealt):
+        raise InputError(
+            f"{source.path} has {len(rows)} rows of Dolly's seven tasks, too few for {num_nodes} nodes beside the "
+            f"server's {SERVER_ROWS_PER_TASK} of each task; give more rows, or fewer --nodes."
+        )
     stem = source.path.name.partition(".")[0]
     parts = {f"{stem}-server": server}
     parts |= {f"{stem}-site-{number}": [rest[index] for index in rows] for number, rows in enumerate(dealt)}
@@ -127,17 +143,21 @@ def _line(row: Row) -> str:
 
 def _run_config(args: argparse.Namespace) -> dict[str, Scalar]:
     values = AppFolder.find(args.app).run_config(args.run_config)
+    given = {key for text in args.run_config for key in parse_config_args([text])}
+    if own := [f"`{key}`{option and f' (give {option})'}" for key, option in OWN_KEYS.items() if key in given]:
+        raise InputError(f"deploy-demo itself sets {', '.join(own)}; take that out of --run-config.")
     if values["dataset"] != "dolly":
         raise InputError(f"deploy-demo cuts a file in Dolly's columns, but {args.app} is on {values['dataset']}.")
     values |= {
         "num-clients": args.nodes,
-        "clients-per-round": min(args.nodes, int(values["clients-per-round"])),
         "num-server-rounds": args.rounds,
         "server-rows": SERVER_ROWS_PER_TASK * len(DOLLY_TASKS),
         "partitioner": OWN_ROWS,
         "evaluate-on": "clients",
         "output-dir": str(Path(str(values["output-dir"] or default_output_dir(values))).absolute()),
     }
+    if "clients-per-round" not in given:
+        values["clients-per-round"] = min(args.nodes, int(values["clients-per-round"]))
     resolve_model(ExperimentConfig.from_run_config(values).client.backbone)
     require_empty(Path(str(values["output-dir"])))
     return values

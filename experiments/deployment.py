@@ -1,7 +1,6 @@
 """A SuperLink and SuperNodes on this machine's loopback: what `docs/deployment.md` does by hand, started and ended."""
 
 import os
-import signal
 import socket
 import ssl
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -77,16 +77,13 @@ class LocalDeployment:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start_superlink(self, certificates: Path | None = None) -> None:
+    def start_superlink(self) -> None:
         """Start the SuperLink and wait until it answers.
-
-        Args:
-            certificates: folder with its key and certificate, if not the deployment's.
 
         Raises:
             DeploymentError: it does not.
         """
-        folder = certificates or self.certificates
+        folder = self.certificates
         if self.insecure:
             security: list[object] = ["--insecure"]
         else:
@@ -196,7 +193,8 @@ class LocalDeployment:
         while left := self._left():
             if time.monotonic() > deadline:
                 for other in left:
-                    other.kill()
+                    with suppress(psutil.NoSuchProcess):
+                        other.kill()
             time.sleep(0.1)
 
     def _start(self, name: str, command: list[object]) -> subprocess.Popen[bytes]:
@@ -211,10 +209,12 @@ class LocalDeployment:
     def _is_healthy(self, authority: Path) -> bool:
         scheme, context = ("http", None) if self.insecure else ("https", ssl.create_default_context(cafile=authority))
         try:
-            urllib.request.urlopen(f"{scheme}://127.0.0.1:{self._control_port}/health", timeout=2, context=context)
+            with urllib.request.urlopen(
+                f"{scheme}://127.0.0.1:{self._control_port}/health", timeout=2, context=context
+            ):
+                return True
         except OSError:
             return False
-        return True
 
     def _left(self) -> list[psutil.Process]:
         """Processes with this deployment's variables; a trainer is no longer anybody's child."""
@@ -234,13 +234,3 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def interrupt_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end the program as Ctrl-C does, so that `with` blocks are left."""
-
-    def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)

@@ -1,6 +1,5 @@
 """What a person sees while a run goes on: one line a round, and a bar with the time left on a terminal."""
 
-import re
 import time
 from collections.abc import Mapping
 from typing import Self
@@ -82,7 +81,7 @@ class Display:
 
     def _failure(self, failure: Failure) -> None:
         # The process differs from one failure to the next; the last line says what went wrong.
-        last_line = failure.reason.strip().splitlines()[-1]
+        last_line = failure.reason.splitlines()[-1]
         if last_line in self._shown:
             self.say(f"{failure.who}: as above")
         else:
@@ -92,5 +91,4 @@ class Display:
 
 def own_traceback(reason: str) -> str:
     """The client's own traceback, without what Ray and Flower put around it when they pass it on."""
-    plain = re.sub(r"\x1b\[\d+m", "", reason)
-    return plain.partition("\n\nThe above exception was the direct cause")[0].strip()
+    return reason.partition("\n\nThe above exception was the direct cause")[0].strip()

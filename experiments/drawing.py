@@ -99,9 +99,9 @@ def draw_bare_model(axes: Axes, metrics: Sequence[Mapping[str, Any]], drawn: Seq
         axes.axhline(bare, color="black", linestyle=":", linewidth=1.2, label="bare model, all tasks")
 
 
-def wrapped(task: str, max_lines: int = 2) -> str:
+def wrapped(task: str, max_lines: int = 2, width: int = 24) -> str:
     """A task's name in short lines; a task file's may be longer than a plot is wide."""
-    return textwrap.fill(readable(task), 24, max_lines=max_lines, placeholder=" …")
+    return textwrap.fill(readable(task), width, max_lines=max_lines, placeholder=" …")
 
 
 def plain_number(value: float, _position: int | None = None) -> str:

@@ -27,17 +27,24 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Whatever keeps `path` from being written, a full disk or missing rights, ends the run with one sentence.
+def writing(
+    path: Path, advice: str = "mend that, then go on with --resume", error_type: type[Exception] = RunError
+) -> Iterator[None]:
+    """Whatever keeps `path` from being written, a full disk or missing rights, ends the command with one sentence.
+
+    Args:
+        path: the file or folder that the sentence names.
+        advice: what to do.
+        error_type: `RunError`, or `InputError` where the path was given for this alone.
 
     Raises:
-        RunError: says what.
+        RunError or InputError: says what.
     """
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise RunError(f"{path} cannot be written ({reason}); mend that, then go on with --resume.") from error
+        raise error_type(f"{path} cannot be written ({reason}); {advice}.") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from experiments.adapter_options import adapter_options, load_model
+from experiments.adapter_options import adapter_options, load_model, require_room, room_for_question
 from experiments.drawing import readable
 from experiments.report import NOTHING, perplexity_text
 from experiments.run_folder import ALL_TASKS, CONFIG, RunFolder
@@ -88,18 +89,22 @@ def run(args: argparse.Namespace) -> int:
     from mops_fl.encoding import RowEncoder
     from mops_fl.evaluation import by_length, evaluate
 
-    config = replace(model.description.data, max_length=args.max_length or model.description.data.max_length)
-    encoder = RowEncoder(model.tokenizer, config, data.tasks)
+    encoder = RowEncoder(model.tokenizer, _encoding(model, args), data.tasks)
     encoded = by_length(map(encoder.encode, data.rows))
+    if not args.no_generation:
+        longest = max(encoded, key=lambda row: row.prompt_length)
+        require_room(model, model.pad([longest.token_ids[: longest.prompt_length].tolist()]), args.max_new_tokens)
     evaluation = evaluate(model.adaptable, model.adapter, encoded, data.tasks)
     answers = {} if args.no_generation else answer_rows(model, encoded, args.max_new_tokens, args.batch_size)
     scores = score_answers(answers, data)
     truncated = sum(row.truncated for row in encoded)
     console = Console()
-    console.print(f"{len(encoded)} rows, {truncated} truncated: {data.description}", markup=False, soft_wrap=True)
-    console.print(_table(evaluation, scores, data))
-    if args.json:
-        _write(args.json, _to_json(args, evaluation, scores, data, answers))
+    try:
+        if args.json:
+            _write(args.json, _to_json(args, evaluation, scores, data, answers))
+    finally:  # a full disk costs the file, but not the table
+        console.print(f"{len(encoded)} rows, {truncated} truncated: {data.description}", markup=False, soft_wrap=True)
+        console.print(_table(evaluation, scores, data))
     return 0
 
 
@@ -107,7 +112,8 @@ def read_rows(path: Path, wanted: str, count: int) -> EvaluatedRows:
     """Rows of a file in Dolly's columns, of a task file, or of a folder of these.
 
     Raises:
-        InputError: there is no such file, it is not as it should be, or has none of the wanted tasks.
+        InputError: there is no such file, it is not as it should be, has none of the wanted tasks, or one of them has
+            the name that stands for all tasks.
     """
     from mops_fl.data import read_dolly, rows_of_tasks, spread_rows
     from mops_fl.task_choice import choose_tasks
@@ -124,6 +130,8 @@ def read_rows(path: Path, wanted: str, count: int) -> EvaluatedRows:
         rows = tuple(read_dolly(path, any_task=True))
     available = tuple(dict.fromkeys(row.task for row in rows))
     tasks = choose_tasks(wanted, available, str(path)) or available
+    if ALL_TASKS in tasks:
+        raise InputError(f"{path} has a task named {ALL_TASKS!r}, which stands for all tasks together; rename it.")
     rows = spread_rows([row for row in rows if row.task in tasks], count)
     if not rows:
         raise InputError(f"{path} has no rows; give a file that has some.")
@@ -177,6 +185,24 @@ def run_data(run: RunFolder, data_config: DataConfig) -> TaskData:
     return data
 
 
+def _encoding(model: MopsModel, args: argparse.Namespace) -> DataConfig:
+    """How rows become tokens: as in training, but for the length that is asked for.
+
+    Raises:
+        InputError: such a row would be too short for the template or too long for the backbone.
+    """
+    config = model.description.data
+    if args.max_length is None:
+        return config
+    room = room_for_question(model, 0 if args.no_generation else args.max_new_tokens)
+    if args.max_length > room:
+        raise InputError(
+            f"`max-length` is {args.max_length}, but beside prompts and answer the backbone's window has room for "
+            f"{room} tokens; choose at most as many."
+        )
+    return replace(config, max_length=args.max_length)
+
+
 def answer_rows(model: MopsModel, rows: Sequence[EncodedRow], max_new_tokens: int, batch_size: int) -> dict[int, str]:
     """Row id -> the likeliest answer, rows of like length together."""
     answers: dict[int, str] = {}
@@ -215,7 +241,7 @@ def _table(evaluation: Evaluation, scores: dict[str, TextScores], data: Evaluate
         texts = (f"{score.rouge_l:.1f}", f"{score.exact_match:.1f} %") if score else (NOTHING, NOTHING)
         if task == ALL_TASKS:
             table.add_section()
-        table.add_row(readable(task), str(_count(task, data)), perplexity_text(perplexity[task]), *texts)
+        table.add_row(escape(readable(task)), str(_count(task, data)), perplexity_text(perplexity[task]), *texts)
     return table
 
 

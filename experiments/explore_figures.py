@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.drawing import DPI, STYLE, readable
+from experiments.drawing import DPI, STYLE, readable, wrapped
 from experiments.evaluate_command import run_rows
-from experiments.plots import gate_maps, write_cells
+from experiments.plots import draw_gate_map, gate_maps
 from experiments.report import PerplexityRow, perplexity_rows, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder, task_names
 from mops_fl.config import DataConfig
@@ -42,15 +41,11 @@ def draw_gate(run: RunFolder, expert_names: Sequence[str], scores: Sequence[floa
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.0, 1.4 + 0.34 * len(last)), dpi=DPI, facecolor="white")
         panels = figure.subplots(1, 2, width_ratios=(len(tasks), 1), sharey=True)
+        turned = 0 if len(tasks) <= 8 else 90  # names of many tasks have no room beside each other
         for axes, values, columns in zip(panels, (last, own), (tasks, ["this input"]), strict=True):
-            image = axes.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-            write_cells(axes, values, highest)
-            # Names of many tasks have no room beside each other.
-            turned = 0 if len(tasks) <= 8 else 90
-            axes.set_xticks(range(len(columns)), [_wrapped(name, 14) for name in columns], rotation=turned, fontsize=9)
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
-        panels[0].set_yticks(range(len(last)), [_wrapped(name, 24) for name in expert_names], fontsize=9)
+            names = [wrapped(name, max_lines=3, width=14) for name in columns]
+            image = draw_gate_map(axes, values, names, highest, turned)
+        panels[0].set_yticks(range(len(last)), [wrapped(name, max_lines=3) for name in expert_names], fontsize=8.5)
         panels[0].set_ylabel("expert")
         panels[0].set_xlabel(f"task of the test rows, after round {max(maps)}")
         panels[1].spines[:].set(visible=True, edgecolor=MARK_COLOUR, linewidth=2.5)
@@ -89,7 +84,3 @@ def example_rows(run: RunFolder, data: DataConfig) -> tuple[Row, ...]:
 def _marked(value: float | None, lowest: float | None) -> str:
     text = perplexity_text(value)
     return f"**{text}**" if value is not None and value == lowest else text
-
-
-def _wrapped(name: str, width: int) -> str:
-    return textwrap.fill(readable(name), width, max_lines=3, placeholder=" …")

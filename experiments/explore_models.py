@@ -50,7 +50,7 @@ def require_one_backbone(runs: Sequence[RunFolder]) -> None:
 
 
 def load_exhibits(runs: Sequence[RunFolder], backbone: str | None, device: str, dtype: str) -> list[Exhibit]:
-    """The bare model and the model of each run; the backbone is in memory once.
+    """The bare model and the model of each run; the backbone, which must be all runs', is in memory once.
 
     Raises:
         InputError: see `MopsModel.from_pretrained`.
@@ -58,7 +58,7 @@ def load_exhibits(runs: Sequence[RunFolder], backbone: str | None, device: str, 
     from mops_fl.mops_model import MopsModel  # slow to import, and not needed to refuse a wrong value
 
     first = MopsModel.from_pretrained(runs[0].path, backbone, device, dtype)
-    models = [first, *(MopsModel.from_pretrained(run.path, first.backbone) for run in runs[1:])]
+    models = [first, *(MopsModel(first.backbone, load_adapter(run.path / RUN_ADAPTER)) for run in runs[1:])]
     trained = [Exhibit(*parts) for parts in zip(short_labels(runs), models, runs, strict=True)]
     return [Exhibit(BARE, bare_model(first), None), *trained]
 

@@ -78,6 +78,7 @@ class FederatedRun(Run):
             [node_id for node_id in nodes if node_id in connected],
             request,
             num_experts=num_experts,
+            tokens_per_row=self._config.client.data.max_length,
             timeout_seconds=self._config.federation.round_timeout,
         )
         if missing := len(nodes) - num_measured:

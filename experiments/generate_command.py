@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
         The exit code, 0.
 
     Raises:
-        InputError: If an option is out of range, there is no prompt, or adapter, backbone or context are missing.
+        InputError: If an option is out of range, there is no prompt or one is not in UTF-8, or adapter, backbone or
+            context are missing.
     """
     options, prompts = read_generation_options(args), _prompts(args.prompts)
     context = read_context(args.context) if args.context else ""
@@ -69,9 +70,26 @@ def read_context(path: Path) -> str:
         raise InputError(f"The context {path} cannot be read ({error}); give a text file in UTF-8.") from error
 
 
+def require_utf8(text: str) -> None:
+    """Refuse what the tokenizer cannot read.
+
+    Raises:
+        InputError: it was made from bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"The instruction cannot be read ({error}); give text in UTF-8.") from error
+
+
 def _prompts(given: list[str]) -> list[str]:
-    lines = [line for prompt in given for line in (sys.stdin if prompt == "-" else [prompt])]
+    try:
+        lines = [line for prompt in given for line in (sys.stdin if prompt == "-" else [prompt])]
+    except UnicodeDecodeError as error:
+        raise InputError(f"The instructions on stdin cannot be read ({error}); give text in UTF-8.") from error
     prompts = [line.strip() for line in lines if line.strip()]
+    for prompt in prompts:
+        require_utf8(prompt)
     if not prompts:
         raise InputError("There is no instruction to answer; give one, or one a line on stdin with -.")
     return prompts

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.drawing import readable
+from experiments.durable import writing
 from experiments.evaluate_command import run_data
 from experiments.report import percent_text, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder, require_empty
@@ -73,13 +75,13 @@ def run(args: argparse.Namespace) -> int:
         The exit code, 0.
 
     Raises:
-        InputError: the run has no gate or no such held-out task, its rows are not there, an option is out of range,
-            or the folder is taken.
+        InputError: the run has no gate or no such held-out task, its rows are not there, the server has none, an option
+            is out of range, or the folder is taken or cannot be written.
     """
     require_at_least("rows", args.rows, 1)
     require_at_least("steps", args.steps, 1)
     require_positive("lr", args.lr)
-    folder = RunFolder.open(args.run_folder)
+    folder = RunFolder.open(args.run_folder.resolve())  # `.` has no name
     if folder.config.get("method") != "mops" or folder.config.get("routing") != "gate":
         raise InputError(f"{folder.path} has no gate to grow; name a run of MoPs with routing gate.")
     data = run_data(folder, read_section(DataConfig, folder.config))
@@ -88,11 +90,23 @@ def run(args: argparse.Namespace) -> int:
     if task not in held_out:
         known = ", ".join(held_out) or "none; train one with the key held-out-tasks"
         raise InputError(f"{task or 'No task'!r} is not among the held-out tasks of {folder.path}: {known}.")
-    output = args.output or folder.path.absolute().with_name(f"{folder.path.name}-{task}")
+    if not data.server:
+        raise InputError(
+            f"The server of {folder.path} has no rows to tell {task!r} from; train a run with server-rows above 0."
+        )
+    if not any(row.task == task for row in data.held_out):
+        raise InputError(
+            f"The server of {folder.path} has no row of {task!r} to learn from; train a run with more server-rows, or "
+            "choose another --task."
+        )
+    output = args.output or folder.path.with_name(f"{folder.path.name}-{task}")
     require_empty(output)
+    with writing(output, "choose another --output", InputError):
+        output.mkdir(parents=True, exist_ok=True)  # before the minutes of training
     grown, growth = _grow(folder, data, task, args)
-    grown.save_pretrained(output)
-    (output / GROWTH).write_text(json.dumps(asdict(growth), indent=2) + "\n", encoding="utf-8")
+    with writing(output, "choose another --output", InputError):
+        grown.save_pretrained(output)
+        (output / GROWTH).write_text(json.dumps(asdict(growth), indent=2) + "\n", encoding="utf-8")
     console = Console(soft_wrap=True)
     console.print(_table(growth, data.tasks))
     console.print(f"adapter: {output}", markup=False, highlight=False)
@@ -132,8 +146,8 @@ def _grow(folder: RunFolder, data: TaskData, task: str, args: argparse.Namespace
     new_pooled, _ = gate_inputs(model, few, config.num_experts)
     old_pooled, _ = gate_inputs(model, [encode(row) for row in data.server], config.num_experts)
     pooled = torch.cat([new_pooled, old_pooled]).cpu()
-    grown = add_expert(state, new_pooled.cpu(), config.prompts_per_expert)
-    grown = fit_gate_row(grown, pooled, torch.arange(len(pooled)) < len(few))
+    grown = add_expert(state, new_pooled.cpu(), config.prompts_per_expert, config.gate_temperature)
+    grown = fit_gate_row(grown, pooled, torch.arange(len(pooled)) < len(few), config.gate_temperature)
     grown = train_last_expert(
         grown_model, grown, few, config.prompts_per_expert, num_steps=args.steps, lr=args.lr, generator=generator
     )
@@ -156,7 +170,8 @@ def _new_expert(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _table(growth: Growth, tasks: tuple[str, ...]) -> Table:
-    table = Table(title=f"Test perplexity with an expert more, for {readable(growth.task)} ({growth.rows} rows)")
+    title = f"Test perplexity with an expert more, for {readable(growth.task)} ({growth.rows} rows)"
+    table = Table(title=escape(title))
     table.add_column("task")
     for column in ("before", "after", "change", "new expert's score"):
         table.add_column(column, justify="right")
@@ -169,5 +184,6 @@ def _table(growth: Growth, tasks: tuple[str, ...]) -> Table:
         score = f"{growth.new_expert[task]:.2f}" if task in growth.new_expert else ""
         style = "bold" if task == growth.task else None
         change = percent_text(100 * (after - before) / before)
-        table.add_row(readable(task), perplexity_text(before), perplexity_text(after), change, score, style=style)
+        figures = (perplexity_text(before), perplexity_text(after), change, score)
+        table.add_row(escape(readable(task)), *figures, style=style)
     return table

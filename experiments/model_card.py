@@ -45,6 +45,9 @@ def _facts(run: RunFolder, description: AdapterDescription) -> list[tuple[str, A
     """What was trained, on what, and how, as labels and values."""
     summary, config = run.results(), run.config
     adapter, backbone = description.adapter, description.backbone
+    learnt_from = f"{summary['num_clients']} clients, {summary['clients_per_round']} a round, {config['partitioner']}"
+    if summary["training"] == "central":
+        learnt_from = f"all rows of the {config['central-rows']} together"
     facts: list[tuple[str, Any]] = [
         ("backbone", Path(backbone.backbone).name if Path(backbone.backbone).exists() else backbone.backbone),
         ("SHA-256 of its weights", f"`{description.backbone_sha256}`"),
@@ -52,7 +55,7 @@ def _facts(run: RunFolder, description: AdapterDescription) -> list[tuple[str, A
         ("data", f"{summary['data_description']} ({summary['dataset']})"),
         ("most tokens a row", description.data.max_length),
         ("training", f"{summary['training']}, {summary['rounds']} rounds, {summary['client_steps']} steps in all"),
-        ("clients", f"{summary['num_clients']}, {summary['clients_per_round']} a round, {config['partitioner']}"),
+        ("learnt from", learnt_from),
         ("seed", summary["seed"]),
     ]
     if adapter.method in ("mops", "fedprompt"):

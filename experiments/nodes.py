@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from clients.trainer import Setting
 from mops_fl.errors import InputError
 from mops_fl.payload import NOT_NUMBERED, ClientInfo, decode_info
-from strategies.fedprompt import node_asked
+from strategies.replies import error_text, node_asked
 from strategies.sampling import ClientSampler
 
 logger = logging.getLogger(__name__)
@@ -146,12 +146,14 @@ def _ask(
     for reply in grid.send_and_receive(questions, timeout=timeout):
         node_id = node_asked(reply, questions)
         if reply.has_error():
-            reasons[node_id] = reply.error.reason
+            reasons[node_id] = error_text(reply)
             continue
         try:
             info = decode_info(reply.content)
             if info.backbone_sha256 != backbone_sha256:
-                raise InputError("it has other weights under the backbone's name; copy the server's folder there")
+                raise InputError(
+                    "it has other weights under the name of backbone or gate-embedding; copy the server's folder there"
+                )
             clients[node_id] = info
         except InputError as error:
             reasons[node_id] = error

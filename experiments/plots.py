@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments.drawing import (
@@ -95,12 +96,8 @@ def plot_gate(run: RunFolder, target: Path) -> bool:
     with drawn_figure(target, height=2.2 + 0.34 * num_experts) as figure:
         panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
         for axes, number in zip(panels, shown, strict=True):
-            image = axes.imshow(maps[number], cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-            write_cells(axes, maps[number], highest)
+            image = draw_gate_map(axes, maps[number], [wrapped(task) for task in tasks], highest, rotation=90)
             axes.set_title("before training" if number == 0 else f"after round {number}")
-            axes.set_xticks(range(len(tasks)), [wrapped(task) for task in tasks], rotation=90, fontsize=8.5)
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
         panels[0].set_yticks(range(num_experts), _expert_labels(run, num_experts), fontsize=8.5)
         panels[0].set_ylabel("expert")
         figure.supxlabel("task of the test rows", fontsize=10)
@@ -193,9 +190,9 @@ def told_apart(run: RunFolder) -> dict[str, Any]:
 
 
 def differing_keys(configs: Sequence[Mapping[str, Any]], ignore: Sequence[str] = ()) -> list[str]:
-    """The config keys whose values are not the same in all of ``configs``."""
+    """The config keys whose values are not the same in all of ``configs`` that have them."""
     keys = dict.fromkeys(key for config in configs for key in config if key not in ignore)
-    return [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    return [key for key in keys if len({config[key] for config in configs if key in config}) > 1]
 
 
 def gate_maps(metrics: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
@@ -212,7 +209,17 @@ def gate_maps(metrics: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
     return maps
 
 
-def write_cells(axes: Axes, scores: np.ndarray, highest: float) -> None:
+def draw_gate_map(axes: Axes, scores: np.ndarray, columns: Sequence[str], highest: float, rotation: float) -> AxesImage:
+    """Draw the gate's scores (experts, columns), shaded up to `highest`, each column's name turned by `rotation`."""
+    image = axes.imshow(scores, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
+    _write_cells(axes, scores, highest)
+    axes.set_xticks(range(len(columns)), columns, rotation=rotation, fontsize=8.5)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _write_cells(axes: Axes, scores: np.ndarray, highest: float) -> None:
     """Write each score into its cell, as ``.42``, where the cells are large enough to read it."""
     if scores.size > 100:
         return
@@ -228,7 +235,7 @@ def _expert_number(metric: str) -> int:
 
 def _expert_labels(run: RunFolder, num_experts: int) -> list[str]:
     """The tasks each expert was pretrained for in the gate; its number where there are none."""
-    tasks = [[known] if isinstance(known, str) else known for known in run.results().get("experts") or []]
+    tasks = list(run.results().get("experts") or [])
     tasks += [[]] * (num_experts - len(tasks))
     names = [wrapped(" + ".join(own), max_lines=2 * len(own)) if own else "" for own in tasks]
     return [names[number] or str(number) for number in range(num_experts)]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.drawing import method_name, readable
@@ -24,7 +25,7 @@ STATUS_NOTES = {
     "running": "The run had not ended when this report was made; the figures are those so far.",
     "interrupted": "The run was interrupted; the figures are those it had reached.",
     "failed": "The run failed; the figures are those it had reached.",
-    "unfinished": "The run left no summary; the figures are taken from its log and some are missing.",
+    "unfinished": "The run ended before its start was measured.",
 }
 
 
@@ -68,7 +69,7 @@ def print_perplexity_table(summary: Mapping[str, Any], console: Console) -> None
         summary: what `RunFolder.results` returns.
         console: where to print.
     """
-    table = Table(title=f"Test perplexity, {method_name(summary)} on {backbone_name(summary)}")
+    table = Table(title=escape(f"Test perplexity, {method_name(summary)} on {backbone_name(summary)}"))
     table.add_column("task")
     for column in ("bare model", "before", "after", "change"):
         table.add_column(column, justify="right")
@@ -77,7 +78,7 @@ def print_perplexity_table(summary: Mapping[str, Any], console: Console) -> None
             table.add_section()
         figures = [perplexity_text(value) for value in (row.bare, row.before, row.after)]
         style = "bold" if row.task == ALL_TASKS else None
-        table.add_row(readable(row.task), *figures, percent_text(row.change_percent), style=style)
+        table.add_row(escape(readable(row.task)), *figures, percent_text(row.change_percent), style=style)
     console.print(table)
 
 

@@ -7,6 +7,7 @@ from experiments.report import write_report
 from experiments.run_folder import RunFolder
 from experiments.sweep import read_sweep
 from experiments.sweep_table import write_sweep_report
+from mops_fl.errors import InputError
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,12 +32,18 @@ def run(args: argparse.Namespace) -> int:
         The exit code, 0.
 
     Raises:
-        InputError: one is neither a run folder nor a sweep, or a file of a run is corrupt.
+        InputError: one is neither a run folder nor a sweep, a file of a run is corrupt, or a folder cannot be written.
     """
     sweeps = [read_sweep(path, args.output) for path in args.paths if path.suffix == ".toml"]
     runs = [RunFolder.open(path) for path in args.paths if path.suffix != ".toml"]
     for folder in runs:
-        print(write_report(folder))
+        try:
+            print(write_report(folder))
+        except OSError as error:
+            raise InputError(
+                f"{folder.path} cannot be written ({error.strerror}); mend its permissions, or copy it and report on "
+                "the copy."
+            ) from error
     for sweep in sweeps:
         print(write_sweep_report(sweep) + f"\nwritten: {sweep.output / sweep.name}.md")
     return 0

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -56,6 +57,7 @@ class Run(ABC):
             self._folder = RunFolder.open(path)
             self._claim = self._folder.claim()
             _require_same_run(self._folder, run_config, setting)
+            self._folder.write_config({**run_config, "output-dir": str(path), "resume": False})
             self._checkpoint = load_checkpoint(path)
             self._folder.rewind(self._checkpoint.progress.rounds_done if self._checkpoint else -1)
         else:
@@ -135,6 +137,8 @@ class Run(ABC):
         self._log("train", "loss", totals["loss-sum"] / totals["num-tokens"])
         self._log("train", "tokens-per-second", totals["num-tokens"] / seconds)
         self._log("train", "round-seconds", seconds)
+        self._log("train", "bytes-up", report.bytes_up)
+        self._log("train", "bytes-down", report.bytes_down)
         self._log("train", "failures", len(report.failures))
         for name, value in report.drift.items():
             self._log("train", name, value)
@@ -251,10 +255,10 @@ class Run(ABC):
         """The tasks each expert was pretrained for; empty where no gate was."""
         adapter = self._config.client.adapter
         learnt = adapter.routing == "nearest" or self._config.client.pretrain.gate_epochs
-        if not METHODS[adapter.method].gated or not learnt:
+        if not (METHODS[adapter.method].gated and learnt and self._setting.rows["server"]):
             return ()
         tasks, num_experts = self._setting.trained_tasks, adapter.num_experts
-        return tuple(tasks[expert::num_experts] for expert in range(num_experts))
+        return tuple(tasks[expert % len(tasks) :: num_experts] for expert in range(num_experts))
 
 
 def _require_same_run(folder: RunFolder, run_config: Mapping[str, Scalar], setting: Setting) -> None:
@@ -272,6 +276,15 @@ def _require_same_run(folder: RunFolder, run_config: Mapping[str, Scalar], setti
         )
     if summary.get("backbone_sha256", setting.backbone_sha256) != setting.backbone_sha256:
         raise InputError(f"{folder.path} was begun with other weights of {summary['backbone']}; bring those back.")
+    if folder.partition and _rows_of_clients(folder.partition) != _rows_of_clients(setting.manifest):
+        raise InputError(
+            f"{folder.path} was begun with other rows at its clients than they have now; bring those back."
+        )
+
+
+def _rows_of_clients(partition: Mapping[str, Any]) -> list[list[tuple[str, int]]]:
+    """How many rows of each task the clients have, in an order that does not depend on how they are numbered."""
+    return sorted(sorted(client["per-task"].items()) for client in partition["clients"])
 
 
 def default_output_dir(run_config: Mapping[str, Scalar]) -> str:

@@ -24,6 +24,8 @@ CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PARTITION = "partition.json"
+LOCK = ".lock"
+COPIED = ("method", "backbone", "compression", "quantization", "dataset", "seed")
 ALL_TASKS = "all"
 
 T = TypeVar("T")
@@ -62,20 +64,20 @@ class RunFolder:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": _without_token(sys.argv),
             **git_revision(),
-            "config": dict(config),
             "versions": versions(),
             "machine": machine(),
         }
+        run = cls(path, manifest)
         try:
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
-            write_durably(path / CONFIG, tomli_w.dumps(manifest).encode())
+            run.write_config(config)
         except RunError as error:
             reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
             raise InputError(
                 f"The run folder {path} cannot be written ({reason}); choose another output-dir."
             ) from error
-        return cls(path, manifest)
+        return run
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -100,7 +102,7 @@ class RunFolder:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What summary.json says, or None as long as the run has not ended."""
+        """What summary.json says, or None as long as the run's start has not been measured."""
         return self._read_json(SUMMARY)
 
     @property
@@ -156,7 +158,7 @@ class RunFolder:
             RunError: the folder cannot be written.
         """
         with writing(self.path):
-            claim = (self.path / CONFIG).open("r+b")  # not "rb", with which NFS grants no lock
+            claim = (self.path / LOCK).open("wb")  # for writing, or NFS grants no lock
             try:
                 fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -191,8 +193,14 @@ class RunFolder:
         return entries
 
     def results(self) -> dict[str, Any]:
-        """The summary; without one, what configuration and metrics tell, with ``status`` "unfinished"."""
-        return self.summary or _results_so_far(self.config, self.metrics())
+        """The summary; without one, what the configuration tells, with ``status`` "unfinished"."""
+        config = self.config
+        return self.summary or {**{name: config[name] for name in COPIED if name in config}, "status": "unfinished"}
+
+    def write_config(self, config: Mapping[str, ConfigValue]) -> None:
+        """Write config.toml with these values and what else it says already."""
+        self.manifest = {**self.manifest, "config": dict(config)}
+        write_durably(self.path / CONFIG, tomli_w.dumps(self.manifest).encode())
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json in one step: a reader sees the old file or the new one, never half of it."""
@@ -220,13 +228,13 @@ def require_empty(path: Path) -> None:
         InputError: `path` is a file, or a folder that is not empty.
     """
     if path.exists() and (not path.is_dir() or any(entry.suffix != PARTIAL for entry in path.iterdir())):
-        raise InputError(f"The run folder {path} is not empty; choose another output-dir or empty it.")
+        raise InputError(f"The folder {path} is not empty; name another folder or empty it.")
 
 
 def series(
     metrics: Sequence[Mapping[str, Any]], metric: str, task: str = ALL_TASKS, split: str = "test"
 ) -> list[Point]:
-    """One metric over the rounds, in order; of a round logged twice (a resumed run) the later value counts.
+    """One metric over the rounds, in order.
 
     Args:
         metrics: what ``RunFolder.metrics`` returns.
@@ -251,27 +259,6 @@ def task_names(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 def _without_token(command: Sequence[str]) -> list[str]:
     """The command, without the secret with which Flower's process of a ServerApp authenticates itself."""
     return ["***" if before == "--token" else part for before, part in zip(["", *command], command, strict=False)]
-
-
-def _results_so_far(config: Mapping[str, ConfigValue], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A summary without the figures that are known only when a run ends."""
-    copied = ("method", "backbone", "compression", "quantization", "dataset", "seed")
-    tasks = [ALL_TASKS, *task_names(metrics)]
-    perplexity = {task: series(metrics, "perplexity", task) for task in tasks}
-    bare = {task: series(metrics, "perplexity-bare", task) for task in tasks}
-    last = metrics[-1] if metrics else {"round": 0, "client-steps": 0, "seconds": 0.0}
-    return {
-        **{name: config[name] for name in copied if name in config},
-        "status": "unfinished",
-        "rounds": last["round"],
-        "client_steps": last["client-steps"],
-        "train_seconds": last["seconds"],
-        "perplexity": {task: points[-1].value for task, points in perplexity.items() if points},
-        "perplexity_before": {
-            task: points[0].value for task, points in perplexity.items() if points and points[0].round == 0
-        },
-        "perplexity_bare": {task: points[0].value for task, points in bare.items() if points},
-    }
 
 
 def _read(path: Path, parse: Callable[[str], T]) -> T:

@@ -5,6 +5,7 @@ unlike `flwr run` it ends with the run, and its exit code says how: 0 done, 1 fa
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -12,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 # Before flwr and ray are imported: they read these at import time.
@@ -32,7 +32,8 @@ from experiments.display import own_traceback
 from experiments.run import default_output_dir
 from experiments.run_folder import CONFIG, RunFolder, require_empty
 from experiments.runtimes import Backend, run_inline, run_on_ray
-from mops_fl.compressed import resolve_model
+from experiments.signals import raise_on_signals
+from mops_fl.compressed import SeveralPrunedError, resolve_model
 from mops_fl.config import Scalar
 from mops_fl.errors import InputError, RunError
 from mops_fl.sources import resolve_data
@@ -68,13 +69,12 @@ def run_app(program: str, args: argparse.Namespace, backend: Backend, *, trainin
         The exit code.
     """
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the run prints its own progress and failures
-    logging.getLogger("mops_fl").setLevel(logging.INFO)
     run_config: dict[str, Scalar] = {}
     code, message = 0, ""
     try:
         app = AppFolder.find(args.app)
         run_config = _resolve_config(app, args, training)
-        backend(app, run_config, catch_signals=_raise_on_signals)
+        backend(app, run_config, catch_signals=raise_on_signals)
     except InputError as error:
         code, message = 2, str(error)
     except RunError as error:
@@ -108,12 +108,13 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace, training: str) -> 
         run_config["num-clients"] = args.num_supernodes
     config = ExperimentConfig.from_run_config(run_config).client
     source = resolve_data(config.data.dataset, config.data.data_path)
-    if source.hub_id is None and not source.is_sample:  # named by data-path or by a variable: recorded either way
+    if source.revision is None and not source.is_sample:  # named by data-path or by a variable: recorded either way
         run_config["data-path"] = str(source.path.absolute())
     for key in ("backbone", "gate-embedding"):
         if run_config[key] and Path(str(run_config[key])).is_dir():
             run_config[key] = str(Path(str(run_config[key])).absolute())
-    resolve_model(config.backbone)
+    with contextlib.suppress(SeveralPrunedError):  # the trainer, which knows the data, may tell them apart
+        resolve_model(config.backbone)
     if not args.resume:
         require_empty(Path(str(run_config["output-dir"])))
     return run_config
@@ -137,18 +138,6 @@ def _mark_interrupted(run_config: dict[str, Scalar]) -> None:
     path = Path(str(run_config.get("output-dir", "")))
     if run_config and (path / CONFIG).is_file():
         RunFolder.open(path).mark("interrupted")
-
-
-def _raise_on_signals() -> None:
-    """From now on SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, once."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(other, signal.SIG_IGN)
-        raise KeyboardInterrupt(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
 
 
 def app_options() -> argparse.ArgumentParser:

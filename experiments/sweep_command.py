@@ -3,12 +3,14 @@
 import argparse
 import contextlib
 import json
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -16,11 +18,12 @@ from rich.table import Table
 
 from experiments.central_run import run_centrally
 from experiments.compress_command import prune_if_missing
-from experiments.run_folder import ALL_TASKS
+from experiments.report import perplexity_text
 from experiments.runtimes import Backend, run_inline
 from experiments.simulation import run_app
-from experiments.sweep import Planned, Sweep, read_sweep
-from experiments.sweep_table import write_sweep_report
+from experiments.sweep import COMPLETE, ELSEWHERE, Planned, Sweep, read_sweep
+from experiments.sweep_cost import final_perplexity
+from experiments.sweep_table import DIVERGED, write_sweep_report
 from mops_fl.errors import InputError
 
 BACKENDS: dict[str, Backend] = {"federated": run_inline, "central": run_centrally}
@@ -44,64 +47,91 @@ def run(args: argparse.Namespace) -> int:
     """Run what is missing, one after the other, and write tables and curves.
 
     Returns:
-        0; 1 if a run failed; 128 and the signal's number if interrupted.
+        0; 1 if a run failed or goes on elsewhere; 128 and the signal's number if interrupted.
 
     Raises:
-        InputError: the file is not a sweep, a run's values are not valid, or a folder holds another run.
+        InputError: the file is not a sweep, a run's values are not valid, a folder holds another run, or the output
+            cannot be written.
     """
-    sweep = read_sweep(args.file, args.output)
+    sweep = read_sweep(args.file, args.output, args.data)
     chosen = [one for one in sweep.runs if fnmatch(one.folder.name, args.only)]
     if not chosen:
         names = ", ".join(one.folder.name for one in sweep.runs)
         raise InputError(f"No run of the sweep matches {args.only!r}; there are: {names}.")
     states = {one.folder: one.status() for one in sweep.runs}
-    code = _run_all(sweep, chosen, states, args.data)
-    if any(state == "complete" for state in states.values()):
+    code = _run_all(sweep, chosen, states)
+    if any(state == COMPLETE for state in states.values()):
         print(write_sweep_report(sweep) + f"\nwritten: {sweep.output / sweep.name}.md")
     return code
 
 
-def _run_all(sweep: Sweep, chosen: Sequence[Planned], states: dict[Path, str], data: Path | None) -> int:
+def _run_all(sweep: Sweep, chosen: Sequence[Planned], states: dict[Path, str]) -> int:
     console = Console(file=sys.stdout)
     with _shown(console, chosen, states) as say:
         for one in chosen:
-            if states[one.folder] == "complete":
+            state = states[one.folder] = one.status()  # anew: hours may have passed, and another sweep may be at it
+            if state in (COMPLETE, ELSEWHERE):
+                say(one, state)
                 continue
             began = time.monotonic()
             say(one, "running")
-            code = _run_one(sweep, one, states[one.folder], data)
-            ended = "interrupted" if code >= SIGNALLED else f"failed, see {_log(one)}"
-            states[one.folder] = ended if code else "complete"
+            code = _run_one(sweep, one, state)
+            states[one.folder] = _ended(one, code)
             say(one, f"{states[one.folder]}, {(time.monotonic() - began) / 60:.1f} min")
             if code >= SIGNALLED:
                 return code
-    return int(any(states[one.folder] != "complete" for one in chosen))
+    return int(any(states[one.folder] != COMPLETE for one in chosen))
 
 
-def _run_one(sweep: Sweep, one: Planned, state: str, data: Path | None) -> int:
+def _ended(one: Planned, code: int) -> str:
+    if code == 0:
+        return COMPLETE
+    if code >= SIGNALLED:
+        return "interrupted"
+    return ELSEWHERE if one.status() == ELSEWHERE else f"failed, see {_log(one)}"
+
+
+def _run_one(sweep: Sweep, one: Planned, state: str) -> int:
     """Run it, its output in a file beside its folder; returns its exit code."""
-    if state == "broken":
-        moved = one.folder.with_name(f"{one.folder.name}.broken-{datetime.now(UTC):%Y%m%d-%H%M%S}")
-        one.folder.rename(moved)
-    if resume := state == "interrupted":
-        options: dict[str, object] = {"run_config": [], "resume": one.folder, "data": None}
-    else:
-        text = " ".join(f"{key}={json.dumps(value)}" for key, value in one.values.items())
-        options = {"run_config": [text], "resume": None, "data": data}
-    one.folder.parent.mkdir(parents=True, exist_ok=True)
-    with _log(one).open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        try:
-            if not resume:
-                prune_if_missing({**one.values, **({"data-path": str(data)} if data else {})}, print)
-        except InputError as error:
-            print(f"mops-fl sweep: {error}", file=log)
-            return 2
-        args = argparse.Namespace(app=sweep.app, num_supernodes=None, **options)
+    with _open_log(one) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        if state == "interrupted":
+            options: dict[str, object] = {"run_config": [], "resume": one.folder}
+        else:
+            if code := _prepare(one, state):
+                return code
+            text = " ".join(f"{key}={json.dumps(value)}" for key, value in one.values.items())
+            options = {"run_config": [text], "resume": None}
+        args = argparse.Namespace(app=sweep.app, num_supernodes=None, data=None, **options)
         return run_app("mops-fl sweep", args, BACKENDS[one.training], training=one.training)
+
+
+def _prepare(one: Planned, state: str) -> int:
+    """Make room for a run and prune its model where that is missing; returns the run's exit code, 0 to go on."""
+    try:
+        if state == "broken":
+            one.set_aside()
+        prune_if_missing(one.values, print)
+    except InputError as error:
+        print(f"mops-fl sweep: {error}")
+        return 2
+    except KeyboardInterrupt as interrupt:
+        return SIGNALLED + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+    except Exception:  # as `run_app` does: the other runs go on
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _log(one: Planned) -> Path:
     return one.folder.with_name(f"{one.folder.name}.log")
+
+
+def _open_log(one: Planned) -> TextIO:
+    try:
+        one.folder.parent.mkdir(parents=True, exist_ok=True)
+        return _log(one).open("a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{_log(one)} cannot be written ({error.strerror}); choose another --output.") from error
 
 
 class _Say:
@@ -123,8 +153,9 @@ class _Say:
         return table
 
     def _row(self, one: Planned, state: str) -> tuple[str, ...]:
-        found = one.find() if state.startswith("complete") else None
-        perplexity = f"{found.results()['perplexity'][ALL_TASKS]:.2f}" if found else ""
+        found = one.find() if state.startswith(COMPLETE) else None
+        final = final_perplexity(found) if found else None
+        perplexity = "" if found is None else DIVERGED if final is None else perplexity_text(final)
         return one.row, one.method, str(one.seed), state, perplexity
 
 

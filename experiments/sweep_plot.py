@@ -65,11 +65,16 @@ def plot_sweep(finished: Mapping[tuple[str, str], Sequence[RunFolder]], target: 
 
 
 def mean_curve(runs: Sequence[RunFolder]) -> tuple[list[Point], list[tuple[float, float]]]:
-    """The mean test perplexity of runs at each measurement that all of them have, and the least and most."""
-    curves = [{point.client_steps: point for point in series(run.metrics(), "perplexity")} for run in runs]
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    values = [[curve[step].value for curve in curves] for step in steps]
-    points = [Point(curves[0][step].round, step, fmean(of)) for step, of in zip(steps, values, strict=True)]
+    """The mean test perplexity of runs after each round that all of them measured, and the least and most.
+
+    The seeds' client steps differ where clients stop after an epoch; a point is at their mean.
+    """
+    curves = [{point.round: point for point in series(run.metrics(), "perplexity")} for run in runs]
+    rounds = sorted(set.intersection(*(set(curve) for curve in curves)))
+    measured = [[curve[number] for curve in curves] for number in rounds]
+    values = [[point.value for point in of] for of in measured]
+    steps = [round(fmean(point.client_steps for point in of)) for of in measured]
+    points = [Point(*of) for of in zip(rounds, steps, map(fmean, values), strict=True)]
     return points, [(min(of), max(of)) for of in values]
 
 

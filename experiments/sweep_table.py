@@ -1,14 +1,21 @@
-"""What a sweep came to: perplexity beside the paper's, gains, what reaching the first method cost, curves."""
+"""What a sweep came to: perplexity beside the paper's, gains, what reaching the first method cost, answers, curves."""
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from experiments.compare import gain_percent
-from experiments.report import NOTHING, bytes_text, percent_text, perplexity_text, seconds_text
+from experiments.compare import common_gain_percent
+from experiments.report import NOTHING, percent_text, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder
-from experiments.sweep import Planned, Sweep
+from experiments.sweep import Sweep
+from experiments.sweep_cost import COLUMNS, cost_cells, final_perplexity, steps_note
 from experiments.sweep_plot import plot_sweep
+from experiments.sweep_scores import scores_markdown
+from mops_fl.errors import InputError
+
+DIVERGED = "diverged"
+
+# (row, method) -> complete runs, a seed each.
+Finished = Mapping[tuple[str, str], Sequence[RunFolder]]
 
 
 def write_sweep_report(sweep: Sweep) -> str:
@@ -16,53 +23,71 @@ def write_sweep_report(sweep: Sweep) -> str:
 
     Returns:
         The text of the tables, Markdown.
+
+    Raises:
+        InputError: the folder cannot be written, or a run folder is another run's or corrupt.
     """
-    finished = {(row, method): _finished(sweep.of(row, method)) for row in sweep.rows for method in sweep.methods}
-    sweep.output.mkdir(parents=True, exist_ok=True)
+    finished = {
+        (row, method): [run for one in sweep.of(row, method) if (run := one.finished())]
+        for row in sweep.rows
+        for method in sweep.methods
+    }
     text = sweep_markdown(sweep, finished)
-    if plot_sweep(finished, sweep.output / f"{sweep.name}.png"):
-        text += f"\n![Test perplexity over client steps]({sweep.name}.png)\n"
-    (sweep.output / f"{sweep.name}.md").write_text(text, encoding="utf-8")
+    try:
+        sweep.output.mkdir(parents=True, exist_ok=True)
+        if plot_sweep(finished, sweep.output / f"{sweep.name}.png"):
+            text += f"\n![Test perplexity over client steps]({sweep.name}.png)\n"
+        (sweep.output / f"{sweep.name}.md").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{sweep.output} cannot be written ({error.strerror}); choose another --output.") from error
     return text
 
 
-def sweep_markdown(sweep: Sweep, finished: Mapping[tuple[str, str], Sequence[RunFolder]]) -> str:
+def sweep_markdown(sweep: Sweep, finished: Finished) -> str:
     """The tables of a sweep, given the complete runs of each row and method."""
-    first = sweep.methods[0]
     lines = [f"## {sweep.title}", "", _perplexity_note(sweep), "", *_data_warning(finished)]
-    gains = [f"{method} against {first}" for method in sweep.methods[1:]]
-    lines += [_line(["", "bare model", *sweep.methods, *gains]), _line(["---"] * (2 + len(sweep.methods) + len(gains)))]
-    for row in sweep.rows:
-        runs = [finished[row, method] for method in sweep.methods]
-        cells = [
-            _cell(of_method, sweep.paper.get(row, {}).get(method))
-            for method, of_method in zip(sweep.methods, runs, strict=True)
-        ]
-        bare = next((run.results()["perplexity_bare"][ALL_TASKS] for of in runs for run in of), None)
-        gain = [percent_text(_gain(runs[0], of_method)) for of_method in runs[1:]]
-        lines.append(_line([row, perplexity_text(bare), *cells, *gain]))
-    lines += [
-        "",
-        f"Cost of reaching {first}'s mean final perplexity (first measurement at or below it, first seed):",
-        "",
-    ]
-    lines += [_line(["", "method", "client steps", "seconds", "sent by the clients"]), _line(["---"] * 5)]
-    for row in sweep.rows:
-        target = _mean(finished[row, first])
-        for method in sweep.methods:
-            for run in finished[row, method][:1]:
-                lines.append(_line([row, method, *_cost_to(run, target)]))
+    lines += [*_perplexity_table(sweep, finished), "", *steps_note(finished), *_cost_table(sweep, finished)]
+    lines += scores_markdown(finished, sweep.num_seeds)
     return "\n".join(lines) + "\n"
 
 
+def _perplexity_table(sweep: Sweep, finished: Finished) -> list[str]:
+    first, *others = sweep.methods
+    gains = [f"{method} against {first}" for method in others]
+    lines = [_line(["", "bare model", *sweep.methods, *gains]), _line(["---"] * (2 + len(sweep.methods) + len(gains)))]
+    for row in sweep.rows:
+        runs = {method: finished[row, method] for method in sweep.methods}
+        cells = [_cell(runs[method], sweep.num_seeds, sweep.paper.get(row, {}).get(method)) for method in sweep.methods]
+        bare = next((run.results()["perplexity_bare"][ALL_TASKS] for of in runs.values() for run in of), None)
+        finals = {method: _finals(runs[method]) for method in sweep.methods}
+        gain = [percent_text(common_gain_percent(finals[first], finals[method])) for method in others]
+        lines.append(_line([row, perplexity_text(bare), *cells, *gain]))
+    note = f"Against {first}: gain of the mean over the seeds that both have; positive where the perplexity is lower."
+    return [*lines, "", note] if others else lines
+
+
+def _cost_table(sweep: Sweep, finished: Finished) -> list[str]:
+    first = sweep.methods[0]
+    lines = [
+        f"Cost of reaching the final perplexity of the same seed's {first} (first measurement at or below it, median "
+        "over the seeds that reach it; the time is that of training alone):",
+        "",
+        _line(["", "method", *COLUMNS]),
+        _line(["---"] * (2 + len(COLUMNS))),
+    ]
+    for (row, method), runs in finished.items():
+        if runs:
+            lines.append(_line([row, method, *cost_cells(finished[row, first], runs)]))
+    return lines
+
+
 def _perplexity_note(sweep: Sweep) -> str:
-    seeds = len({run.seed for run in sweep.runs})
-    spread = ", mean ± standard deviation over seeds" if seeds > 1 else ", one seed"
-    papers = "; in brackets the paper's, of another model and more steps" if sweep.paper else ""
+    spread = ", mean ± standard deviation over seeds" if sweep.num_seeds > 1 else ", one seed"
+    papers = "; in brackets the paper's, of LLaMA-7B after the paper's own number of steps" if sweep.paper else ""
     return f"Test perplexity after training{spread}{papers}."
 
 
-def _data_warning(finished: Mapping[tuple[str, str], Sequence[RunFolder]]) -> list[str]:
+def _data_warning(finished: Finished) -> list[str]:
     """What is said of the runs' rows before the tables, if anything."""
     data_of: dict[str, set[object]] = {}
     results = [(row, run.results()) for (row, _), runs in finished.items() for run in runs]
@@ -75,45 +100,26 @@ def _data_warning(finished: Mapping[tuple[str, str], Sequence[RunFolder]]) -> li
     return [part for line in lines for part in (line, "")]
 
 
-def _finished(planned: Sequence[Planned]) -> list[RunFolder]:
-    return [run for one in planned if one.status() == "complete" and (run := one.find())]
-
-
-def _final(run: RunFolder) -> float:
-    return float(run.results()["perplexity"][ALL_TASKS])
-
-
-def _mean(runs: Sequence[RunFolder]) -> float | None:
-    return statistics.fmean(map(_final, runs)) if runs else None
-
-
-def _gain(first: Sequence[RunFolder], other: Sequence[RunFolder]) -> float | None:
-    """Of the means over the seeds that both have."""
-    common = {run.config["seed"] for run in first} & {run.config["seed"] for run in other}
-    means = (_mean([run for run in runs if run.config["seed"] in common]) for runs in (first, other))
-    return gain_percent(*means)
-
-
-def _cell(runs: Sequence[RunFolder], paper: float | None) -> str:
-    values = [_final(run) for run in runs]
-    text = perplexity_text(_mean(runs)) if values else NOTHING
+def _cell(runs: Sequence[RunFolder], num_seeds: int, paper: float | None) -> str:
+    """Mean and spread of the seeds that did not diverge, the paper's figure, and how many seeds these are."""
+    values = _finals(runs).values()
+    diverged = len(runs) - len(values)
+    text = perplexity_text(statistics.fmean(values)) if values else DIVERGED if runs else NOTHING
     if len(values) > 1:
         text += f" ± {perplexity_text(statistics.stdev(values))}"
-    return f"{text} ({paper})" if paper is not None else text
+    if paper is not None:
+        text += f" ({paper})"
+    if values and diverged:
+        text += f" ({len(values)} of {num_seeds} seeds, {diverged} {DIVERGED})"
+    elif 0 < len(runs) < num_seeds:
+        text += f" ({len(runs)} of {num_seeds} seeds)"
+    return text
 
 
-def _cost_to(run: RunFolder, target: float | None) -> list[str]:
-    """Client steps, seconds and bytes until the test perplexity was first at or below the target."""
-    for entry in run.metrics():
-        if _is_perplexity(entry) and entry["round"] and entry["value"] is not None and entry["value"] <= (target or 0):
-            results = run.results()
-            bytes_up = results["bytes_up"] * entry["round"] / results["rounds"]
-            return [f"{entry['client-steps']:,}", seconds_text(entry["seconds"]), bytes_text(bytes_up)]
-    return ["not reached", NOTHING, NOTHING]
-
-
-def _is_perplexity(entry: dict[str, Any]) -> bool:
-    return (entry["metric"], entry["task"], entry["split"]) == ("perplexity", ALL_TASKS, "test")
+def _finals(runs: Sequence[RunFolder]) -> dict[object, float]:
+    """Seed -> final perplexity, without the runs that diverged."""
+    finals = {run.config["seed"]: final_perplexity(run) for run in runs}
+    return {seed: value for seed, value in finals.items() if value is not None}
 
 
 def _line(cells: Sequence[str]) -> str:

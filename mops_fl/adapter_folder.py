@@ -36,7 +36,7 @@ class AdapterDescription:
     Attributes:
         adapter: method, shapes, layer and readings.
         backbone: the frozen model: id, how it is pruned and quantised, dtype.
-        backbone_sha256: of its weights, see `mops_fl.compressed.weights_sha256`.
+        backbone_sha256: of its weights, see `mops_fl.compressed.backbone_sha256`.
         data: the rows it was trained on and how they became tokens; where the file lay is left out.
         tasks: task names.
         experts: names of the tasks that each expert was pretrained for; empty if the gate was not.
@@ -51,11 +51,14 @@ class AdapterDescription:
 
     @property
     def expert_names(self) -> tuple[str, ...]:
-        """A name for each expert: the tasks it was pretrained for, or its number; empty without a gate."""
+        """A name for each expert: the tasks it was pretrained for, or its number, or both; empty without a gate."""
         if not GATED.get(self.adapter.method):
             return ()
-        names = (", ".join(tasks) for tasks in self.experts or [()] * self.adapter.num_experts)
-        return tuple(name or f"expert {number}" for number, name in enumerate(names))
+        names = [", ".join(tasks) for tasks in self.experts or [()] * self.adapter.num_experts]
+        return tuple(
+            name if name and names.count(name) == 1 else f"{name or 'expert'} {number}"
+            for number, name in enumerate(names)
+        )
 
 
 @dataclass(frozen=True)

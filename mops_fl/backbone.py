@@ -4,7 +4,6 @@ Letters: `T` positions of all packed rows together, `D` hidden size, `V` vocabul
 positions and `S` with those in the cache.
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -19,8 +18,6 @@ from mops_fl.config import OWN_EMBEDDING, BackboneConfig
 from mops_fl.embedder import TextEmbedder
 from mops_fl.errors import InputError
 from mops_fl.head_loss import head_nll
-
-logger = logging.getLogger(__name__)
 
 
 class SharedPrefix:
@@ -302,13 +299,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` becomes bfloat16 where the processor has matrix products for it, else float32; logged."""
+    """`auto` becomes bfloat16 where the processor has matrix products for it, else float32."""
     if name != "auto":
         return torch.bfloat16 if name == "bfloat16" else torch.float32
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    dtype = torch.bfloat16 if native else torch.float32
-    logger.info("dtype auto: %s, since the %s %s bfloat16", dtype, device.type, "has" if native else "lacks")
-    return dtype
+    return torch.bfloat16 if native else torch.float32

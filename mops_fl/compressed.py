@@ -2,21 +2,24 @@
 
 `mops-fl compress` makes them, once; a run only looks them up, since pruning takes minutes and would happen on every
 machine of a federation. The cache holds one folder for each: `compressed/<model>-<recipe>-<key>/`. The key is a hash
-of the model, the calibration tokens, the recipe and the versions that matter. A run knows the model and the recipe,
-not the calibration; if there are several, it names one by its key, as in `sparsegpt:75%@1a2b`. A folder can be
-copied to another machine: into the same place, or anywhere, named in `backbone`.
+of the model, the calibration tokens, the recipe and the versions that matter. A run names the model and the recipe; of
+several it takes the one that was calibrated on its own data, or names one by its key, as in `sparsegpt:75%@1a2b`. A
+folder can be copied to another machine: into the same place, or anywhere, named in `backbone`.
 """
 
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from mops_fl.config import BackboneConfig
+from mops_fl.config import OWN_EMBEDDING, BackboneConfig
+from mops_fl.data import Row, TaskData
 from mops_fl.errors import InputError
 from mops_fl.recipe import PruningRecipe
 from mops_fl.sources import RECEIPT, cache_dir, cached_model_path, read_receipt, resolve_backbone
@@ -28,12 +31,17 @@ class NotPrunedError(InputError):
     """The dense model is there, the pruned one is not."""
 
 
+class SeveralPrunedError(InputError):
+    """The recipe made several models; the run's data may tell which is meant."""
+
+
 def resolve_model(config: BackboneConfig) -> Path:
     """The folder that holds the backbone as configured: dense, or pruned by its recipe.
 
     Raises:
-        InputError: there is none, with the command that makes it; there are several; or a folder is named that
-            was pruned in another way than the config says.
+        NotPrunedError: there is none; says the command that makes it.
+        SeveralPrunedError: there are several.
+        InputError: a folder is named that was pruned in another way than the config says.
     """
     own = read_compression_receipt(Path(config.backbone).expanduser())
     if own:
@@ -42,12 +50,55 @@ def resolve_model(config: BackboneConfig) -> Path:
         raise InputError(f"{config.backbone} is pruned by {own['recipe']}; set `compression` to that.")
     if config.compression == "none":
         return resolve_backbone(config.backbone)
-    return _find_compressed(config.backbone, config.compression)
+    found = _find_pruned(config.backbone, config.compression)
+    recipe = PruningRecipe.parse(config.compression)
+    if not found:
+        raise NotPrunedError(
+            f"{config.backbone} pruned by {config.compression} is not in the cache {cache_dir()}: "
+            f"run `mops-fl compress --backbone {config.backbone} --recipe {recipe}`."
+        )
+    if len(found) > 1:
+        keys = ", ".join(f"{recipe}@{receipt['key']}" for receipt in found.values())
+        raise SeveralPrunedError(
+            f"{config.backbone} was pruned by {recipe} more than once; set `compression` to one of: {keys}."
+        )
+    return next(iter(found))
+
+
+def prefer_calibrated_on(data: TaskData, config: BackboneConfig) -> BackboneConfig:
+    """The config, naming by its key the one model among several of its recipe that was calibrated on this data."""
+    found = {} if config.compression == "none" else _find_pruned(config.backbone, config.compression)
+    own = [receipt["key"] for receipt in found.values() if receipt["calibration"].get("data-sha256") == data.sha256]
+    return _by_key(config, own[0]) if len(found) > 1 and len(own) == 1 else config
+
+
+def prefer_with_weights(sha256: str, config: BackboneConfig) -> BackboneConfig:
+    """The config, naming by its key the one model among several of its recipe with this `backbone_sha256`."""
+    found = {} if config.compression == "none" else _find_pruned(config.backbone, config.compression)
+    if len(found) < 2:
+        return config
+    named = [_by_key(config, receipt["key"]) for receipt in found.values()]
+    return next((one for one in named if backbone_sha256(one) == sha256), config)
+
+
+def require_not_calibrated_on(rows: Iterable[Row], config: BackboneConfig) -> None:
+    """Refuse a pruned backbone that has seen rows it is to be measured on; a receipt that names no rows is believed.
+
+    Raises:
+        InputError: it was calibrated on some of them.
+    """
+    receipt = read_compression_receipt(resolve_model(config))
+    seen = set(receipt.get("calibration", {}).get("rows-sha256", ()))
+    if seen_rows := [row for row in rows if row.sha256 in seen]:
+        raise InputError(
+            f"{config.backbone} pruned by {receipt['recipe']}@{receipt['key']} was calibrated on {len(seen_rows)} of "
+            "the rows that are to be measured on; prune it on this run's own data, with `mops-fl compress`."
+        )
 
 
 def compressed_path(backbone: str, recipe: PruningRecipe, key: str) -> Path:
     """The folder in the cache that holds (or would hold) one compressed model."""
-    model = Path(backbone).name.removesuffix("/")
+    model = Path(backbone).name
     slug = str(recipe).replace(":", "-").removesuffix("%")
     return cache_dir() / "compressed" / f"{model}-{slug}-{key}"
 
@@ -62,6 +113,18 @@ def fingerprint(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def backbone_sha256(config: BackboneConfig) -> str:
+    """SHA-256 of all frozen weights: the backbone's own or, where another network reads for the gate, of both hashes.
+
+    Raises:
+        InputError: one of the two is not there, or its weights are not in safetensors.
+    """
+    own = weights_sha256(resolve_model(config))
+    if config.gate_embedding == OWN_EMBEDDING:
+        return own
+    return hashlib.sha256(f"{own} {weights_sha256(resolve_backbone(config.gate_embedding))}".encode()).hexdigest()
 
 
 def weights_sha256(folder: Path) -> str:
@@ -92,24 +155,19 @@ def read_compression_receipt(folder: Path) -> dict[str, Any]:
     return receipt
 
 
-def _find_compressed(backbone: str, compression: str) -> Path:
-    found = {
-        receipt["key"]: folder
+def _by_key(config: BackboneConfig, key: str) -> BackboneConfig:
+    return replace(config, compression=f"{PruningRecipe.parse(config.compression)}@{key}")
+
+
+def _find_pruned(backbone: str, compression: str) -> dict[Path, dict[str, Any]]:
+    """The folders in the cache that hold the backbone pruned in this way, with their receipts."""
+    return {
+        folder: receipt
         for folder in sorted((cache_dir() / "compressed").glob("*"))
         if (receipt := read_compression_receipt(folder))
         and _is_made_by(receipt, compression)
         and _is_made_from(receipt, backbone)
     }
-    recipe = PruningRecipe.parse(compression)
-    if not found:
-        raise NotPrunedError(
-            f"{backbone} pruned by {compression} is not in the cache {cache_dir()}: "
-            f"run `mops-fl compress --backbone {backbone} --recipe {recipe}`."
-        )
-    if len(found) > 1:
-        keys = ", ".join(f"{recipe}@{key}" for key in found)
-        raise InputError(f"{backbone} was pruned by {recipe} more than once; set `compression` to one of: {keys}.")
-    return next(iter(found.values()))
 
 
 def _is_made_by(receipt: dict[str, Any], compression: str) -> bool:

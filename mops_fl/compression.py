@@ -82,7 +82,8 @@ def compress(
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     long_config = dataclasses.replace(data_config, max_length=calibration.max_length)
     token_ids = [row.token_ids for row in _encode(tokenizer, long_config, data.tasks, calibration_rows)]
-    key = compression_key(fingerprint(folder), recipe, token_ids)
+    dense = fingerprint(folder)
+    key = compression_key(dense, recipe, token_ids)
     target = compressed_path(backbone, recipe, key)
     if read_compression_receipt(target):
         return target
@@ -103,7 +104,7 @@ def compress(
             "key": key,
             "recipe": str(recipe),
             "backbone": backbone,
-            "fingerprint": fingerprint(folder),
+            "fingerprint": dense,
             "versions": {name: version(name) for name in VERSIONS_THAT_MATTER},
             "calibration": _describe_calibration(data, data_config, calibration, calibration_rows, token_ids),
             "perplexity": {"before": before, "after": after, "rows": len(measured)},
@@ -175,11 +176,12 @@ def _describe_calibration(
 ) -> dict[str, Any]:
     return {
         "data": data.description,
-        "data-seed": data_config.data_seed,
+        "dataset": data_config.dataset,
+        "data-sha256": data.sha256,
         "rows": len(rows),
         "tokens": sum(map(len, token_ids)),
         "max-length": calibration.max_length,
-        "row-ids": [row.row_id for row in rows],
+        "rows-sha256": [row.sha256 for row in rows],
     }
 
 

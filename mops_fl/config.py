@@ -133,6 +133,11 @@ class AdapterConfig:
         require_choice("routing", self.routing, ("gate", "nearest"))
         require_at_least("gate-width", self.gate_width, 1)
         require_positive("gate-temperature", self.gate_temperature)
+        if self.routing == "nearest" and self.gate_temperature != 1:
+            raise InputError(
+                f"`gate-temperature` is {self.gate_temperature}, but `routing` is 'nearest', which has no gate; "
+                "set gate-temperature to 1."
+            )
         require_at_least("lora-rank", self.lora_rank, 1)
         require_positive("lora-alpha", self.lora_alpha)
 

@@ -52,6 +52,11 @@ class Row:
     further_references: tuple[str, ...] = ()
 
     @property
+    def sha256(self) -> str:
+        """Of its texts, by which it is known again in another draw or file."""
+        return hashlib.sha256(repr((self.instruction, self.context, self.response)).encode()).hexdigest()
+
+    @property
     def references(self) -> tuple[str, ...]:
         """Every answer that counts as right, the one to train on first."""
         return (self.response, *self.further_references)
@@ -69,6 +74,7 @@ class TaskData:
         held_out: rows of held-out tasks that nobody has; empty if no task is held out.
         description: one line on where they come from, which tasks were chosen, and what they are short of.
         is_sample: they are the bundled sample, not a real data set.
+        num_held_out: tasks held out, whether or not there are rows of them.
     """
 
     tasks: tuple[str, ...]
@@ -78,11 +84,12 @@ class TaskData:
     held_out: tuple[Row, ...]
     description: str
     is_sample: bool
+    num_held_out: int = 0
 
     @property
     def trained_tasks(self) -> tuple[str, ...]:
         """The tasks that are not held out."""
-        return self.tasks[: len(self.tasks) - len({row.task for row in self.held_out})]
+        return self.tasks[: len(self.tasks) - self.num_held_out]
 
     @property
     def sha256(self) -> str:
@@ -158,6 +165,7 @@ def hold_out(data: TaskData, unseen: tuple[str, ...]) -> TaskData:
         server=tuple(row for row in data.server if row.task in seen),
         held_out=tuple(row for row in data.train + data.server if row.task in unseen),
         description=f"{data.description}, held out from training: {list_tasks(unseen)}",
+        num_held_out=len(unseen),
     )
 
 

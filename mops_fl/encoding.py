@@ -56,8 +56,8 @@ class EncodedRow:
 class RowEncoder:
     """Encodes rows for one tokenizer, at most `max_length` tokens each.
 
-    A row that is too long loses the end of its context first, then the end of its response (at least half of the
-    room is kept for it), and only then the end of its instruction.
+    Of a row that is too long, instruction and context get the room that the response leaves, and at least half of it;
+    of these the context loses its end first. The response gets what they leave, and loses its end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, tasks: tuple[str, ...]) -> None:

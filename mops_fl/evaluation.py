@@ -47,11 +47,15 @@ class Evaluation:
     gate: tuple[tuple[float, ...], ...] | None
 
     def perplexity(self) -> dict[str, float]:
-        """`exp(loss_sum / num_tokens)` for `all` and for each task that has rows."""
-        figures = {"all": math.exp(sum(self.loss_sum) / sum(self.num_tokens))}
+        """`exp(loss_sum / num_tokens)` for `all` and for each task that has rows; infinite where no float holds it.
+
+        `all` pools the tokens of every task, so that a task weighs as much as it has tokens that carry loss: one with
+        long answers dominates.
+        """
+        figures = {"all": _exp(sum(self.loss_sum) / sum(self.num_tokens))}
         for task, loss_sum, num_tokens in zip(self.tasks, self.loss_sum, self.num_tokens, strict=True):
             if num_tokens:
-                figures[task] = math.exp(loss_sum / num_tokens)
+                figures[task] = _exp(loss_sum / num_tokens)
         return figures
 
     def sums(self, tasks: Sequence[str], rows_per_task: Mapping[str, int]) -> EvaluateResult:
@@ -115,6 +119,13 @@ def packed_batches(rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
         batch.append(row)
     if batch:
         yield batch
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def _evaluate(

@@ -22,15 +22,16 @@ from mops_fl.model import PromptedModel
 WEIGHT_PENALTY = 1e-3
 
 
-def add_expert(state: AdapterState, pooled: Tensor, prompts_per_expert: int) -> AdapterState:
+def add_expert(state: AdapterState, pooled: Tensor, prompts_per_expert: int, temperature: float) -> AdapterState:
     """The adapter with expert `E`: a copy of the one that rows of the new task mostly go to, its gate row still zero.
 
     Args:
         state: a gated adapter.
         pooled: `(R, D)` gate inputs of rows of the new task.
         prompts_per_expert: `P`.
+        temperature: the gate's logits are divided by it.
     """
-    scores = Gate([state])(pooled).softmax(-1).mean(0)
+    scores = (Gate([state])(pooled) / temperature).softmax(-1).mean(0)
     chosen = state["prompts"].split(prompts_per_expert)[int(scores.argmax())]
     return {
         **state,
@@ -40,19 +41,21 @@ def add_expert(state: AdapterState, pooled: Tensor, prompts_per_expert: int) -> 
     }
 
 
-def fit_gate_row(state: AdapterState, pooled: Tensor, is_new: Tensor) -> AdapterState:
+def fit_gate_row(state: AdapterState, pooled: Tensor, is_new: Tensor, temperature: float) -> AdapterState:
     """The adapter with the last expert's row of the gate fitted; nothing else in it changes.
 
-    The last expert's share of the softmax is `sigmoid(z - logsumexp(others))`, with `z` linear in the hidden layer.
+    The last expert's share of the softmax is `sigmoid(z - logsumexp(others))`, with `z` linear in the hidden layer; all
+    of them are logits divided by the temperature, so that the fit is the same at any.
 
     Args:
         state: from `add_expert`.
         pooled: `(R, D)` gate inputs of rows of the new task and of old ones.
         is_new: `(R,)` bool.
+        temperature: the gate's logits are divided by it.
     """
     with torch.no_grad():
         gate = Gate([state])
-        others = gate(pooled)[:, :-1].logsumexp(1)  # (R,)
+        others = (gate(pooled)[:, :-1] / temperature).logsumexp(1)  # (R,)
         hidden = gate.hidden(pooled)[0]  # (R, G)
     row = torch.zeros(hidden.shape[1], requires_grad=True)
     # Where new and old rows weigh alike; the penalty holds the weights only.
@@ -72,7 +75,7 @@ def fit_gate_row(state: AdapterState, pooled: Tensor, is_new: Tensor) -> Adapter
 
     optimizer.step(loss)
     w2, b2 = state["gate.w2"].clone(), state["gate.b2"].clone()
-    w2[-1], b2[-1] = row.detach(), bias.detach()
+    w2[-1], b2[-1] = temperature * row.detach(), temperature * bias.detach()
     return {**state, "gate.w2": w2, "gate.b2": b2}
 
 

@@ -33,13 +33,14 @@ class Method:
     gated: bool
     model: Callable[[Backbone, AdapterConfig, Mapping[str, Tensor], StateCache], AdaptableModel]
     start: Callable[
-        [Backbone, Sequence[EncodedRow], AdapterConfig, PretrainConfig, torch.Generator, Spread], Pretrained
+        [Backbone, Sequence[EncodedRow], int, AdapterConfig, PretrainConfig, torch.Generator, Spread], Pretrained
     ]
 
 
 def _start_of_weights(
     backbone: Backbone,
     rows: Sequence[EncodedRow],
+    num_tasks: int,
     adapter_config: AdapterConfig,
     config: PretrainConfig,
     generator: torch.Generator,

@@ -229,10 +229,8 @@ class PromptedModel:
 
     def _position_scale(self, scores: Tensor, lengths: list[int]) -> Tensor:
         """`(T,)`: the gate's score at each prompt, one at each token."""
-        per_prompt = scores.repeat_interleave(self._config.prompts_per_expert, dim=1)  # (R, K)
-        ones = scores.new_ones(max(lengths))
-        rows = zip(per_prompt, lengths, strict=True)
-        return torch.cat([part for row, length in rows for part in (row, ones[: length - self.num_prompts])])
+        places = self._place_scale(scores, max(lengths))
+        return torch.cat([row[:length] for row, length in zip(places, lengths, strict=True)])
 
     @torch.no_grad()
     def _run_input_prompts(self) -> Tensor:

@@ -26,8 +26,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mops_fl.adapter_folder import CARD, CONFIG, RUN_ADAPTER, TENSORS, SavedAdapter, load_adapter, save_adapter
 from mops_fl.backbone import Backbone
-from mops_fl.compressed import resolve_model, weights_sha256
-from mops_fl.config import BackboneConfig, to_key
+from mops_fl.compressed import backbone_sha256, prefer_with_weights, resolve_model
+from mops_fl.config import OWN_EMBEDDING, BackboneConfig, to_key
 from mops_fl.encoding import Turn, prompt_tokens
 from mops_fl.errors import InputError
 from mops_fl.methods import FROZEN_ARRAYS, require_method
@@ -92,6 +92,7 @@ class MopsModel(PreTrainedModel, GenerationMixin):
         if not isinstance(backbone, Backbone):
             config = saved.description.backbone
             config = replace(config, backbone=str(backbone or config.backbone))
+            config = prefer_with_weights(saved.description.backbone_sha256, config)
             _check_weights(name, saved, config)
             return cls(Backbone.load(config if dtype == "auto" else replace(config, dtype=dtype), device), saved)
         if backbone.source is None:
@@ -276,13 +277,13 @@ def _find_adapter(name: str | Path, revision: str | None, token: str | None) -> 
 def _check_weights(name: str | Path, saved: SavedAdapter, config: BackboneConfig) -> None:
     """Refuse a backbone whose weights are others than those the adapter was trained on."""
     description = saved.description
-    folder = resolve_model(config)
-    found = weights_sha256(folder)
+    found = backbone_sha256(config)
     if found != description.backbone_sha256:
         trained_on = description.backbone
         pruned = "" if trained_on.compression == "none" else f" pruned by {trained_on.compression}"
+        embedding = "" if config.gate_embedding == OWN_EMBEDDING else f" and, for the gate, {config.gate_embedding}"
         raise InputError(
-            f"{name} was trained on {trained_on.backbone}{pruned} with weights of SHA-256 "
-            f"{description.backbone_sha256[:12]}, but those in {folder} have {found[:12]}; "
+            f"{name} was trained on {trained_on.backbone}{pruned}{embedding} with weights of SHA-256 "
+            f"{description.backbone_sha256[:12]}, but those in {resolve_model(config)}{embedding} have {found[:12]}; "
             "give the backbone it was trained on."
         )

@@ -33,7 +33,6 @@ COHORT = "cohort"
 COHORT_NUMBER = "cohort-number"
 NUM_COHORTS = "num-cohorts"
 TASKS = "tasks"
-_MOST_LOSS = 700  # of a token, in nats; a perplexity beyond exp(700) is no float any more
 NOT_NUMBERED = -1  # the partition id of a client with rows of its own, until the server has numbered it
 
 Arrays = Mapping[str, NDArray[np.float32]]
@@ -102,7 +101,7 @@ class ClientInfo:
         partition_id: which client it is, or `NOT_NUMBERED`.
         num_examples: rows it trains on.
         trainer: name of the resident trainer that works for it.
-        backbone_sha256: of the weights it trains on, see `mops_fl.compressed.weights_sha256`.
+        backbone_sha256: of the weights it trains on, see `mops_fl.compressed.backbone_sha256`.
         own_rows: if its rows are its own and no part of a shared set, how many it has of each of its tasks.
     """
 
@@ -273,32 +272,3 @@ def encode_evaluate_result(result: EvaluateResult) -> RecordDict:
     for name, values in vars(result).items():
         metrics[name.replace("_", "-")] = list(values)
     return RecordDict({METRICS: metrics})
-
-
-def decode_evaluate_result(content: RecordDict, num_tasks: int, num_experts: int) -> EvaluateResult:
-    """A measurement that can be added to others.
-
-    Args:
-        content: a reply's content; anything may be in it.
-        num_tasks: tasks that were asked for.
-        num_experts: experts of the adapter's gate, 0 without one.
-
-    Raises:
-        InputError: it does not hold one possible sum for each task, and for each of its experts.
-    """
-    metrics: dict[str, Any] = dict(content.metric_records.get(METRICS, {}))
-    lengths = {"loss-sum": num_tasks, "num-tokens": num_tasks, "num-rows": num_tasks}
-    lengths["gate-mass"] = num_tasks * num_experts
-    if set(metrics) != set(lengths):
-        raise InputError("The reply does not hold exactly the sums of an evaluation; update the client's software.")
-    for name, length in lengths.items():
-        values = metrics[name]
-        if not isinstance(values, list) or len(values) != length:
-            raise InputError(f"Metric {name} is not a list of {length} numbers.")
-        if not np.isfinite(values).all() or min(values, default=0) < 0:
-            raise InputError(f"Metric {name} is {shortened(values)}, not finite numbers of at least 0.")
-        if name.startswith("num-") and any(type(value) is not int for value in values):
-            raise InputError(f"Metric {name} is {shortened(values)}, not counts.")
-    if any(loss > _MOST_LOSS * n for loss, n in zip(metrics["loss-sum"], metrics["num-tokens"], strict=True)):
-        raise InputError(f"Metric loss-sum is {shortened(metrics['loss-sum'])}, more than any loss of so few tokens.")
-    return EvaluateResult(**{name.replace("-", "_"): tuple(metrics[name]) for name in lengths})

@@ -29,8 +29,8 @@ class Pretrained:
     Attributes:
         input_prompts: `(K, D)` float32 P1, or `(0, D)`, frozen from here on.
         adapter: initial expert prompts and, for MoPs, the pretrained gate.
-        gate_accuracy: share of the server's rows whose own expert gets the highest score; None without a gate or
-            without server rows.
+        gate_accuracy: share of the server's rows whose own experts together get the highest score; None without a gate,
+            or if it was not pretrained.
         neighbours: what rows are routed by instead of a gate, None where a gate does.
     """
 
@@ -43,6 +43,7 @@ class Pretrained:
 def pretrain(
     backbone: Backbone,
     rows: Sequence[EncodedRow],
+    num_tasks: int,
     adapter_config: AdapterConfig,
     config: PretrainConfig,
     generator: torch.Generator,
@@ -53,6 +54,7 @@ def pretrain(
     Args:
         backbone: the frozen model.
         rows: the server's rows; none means that nothing is pretrained.
+        num_tasks: tasks that are trained on, `T`; the rows' numbers of tasks are below it.
         adapter_config: shapes and readings.
         config: steps and rates.
         generator: the only source of randomness.
@@ -69,11 +71,10 @@ def pretrain(
     state = initial_state(adapter_config, prompts, generator, backbone.gate_input_size)
     accuracy = neighbours = None
     if rows and config.gate_epochs and "gate.w1" in state:
-        state, accuracy = train_gate(state, model, rows, config, spread)
+        state, accuracy = train_gate(state, model, rows, num_tasks, config, spread)
     elif GATED[adapter_config.method] and adapter_config.routing == "nearest":
         pooled, experts = gate_inputs(model, rows, adapter_config.num_experts, spread)
         neighbours = Neighbours.of(pooled, experts, adapter_config.num_experts)
-        accuracy = neighbours.accuracy()
     return Pretrained(model.input_prompts, state, accuracy, neighbours)
 
 
@@ -113,35 +114,47 @@ def sample_token_embeddings(backbone: Backbone, count: int, generator: torch.Gen
 
 
 def gate_inputs(
-    model: PromptedModel, rows: Sequence[EncodedRow], num_experts: int, spread: Spread = map
+    model: PromptedModel, rows: Sequence[EncodedRow], num_groups: int, spread: Spread = map
 ) -> tuple[Tensor, Tensor]:
-    """What the gate sees of the rows' questions `(R, D)`, and each row's own expert `(R,)`."""
+    """What the gate sees of the rows' questions `(R, D)`, and each row's own group of experts `(R,)`."""
     # To the model's cache a question is another row than the one that goes on with its answer.
     questions = [replace(row, row_id=~row.row_id, token_ids=row.token_ids[: row.prompt_length]) for row in rows]
     pooled = torch.stack(list(spread(lambda row: model.row_states([row])[0].pooled, questions)))
-    return pooled, torch.tensor([row.task for row in rows], device=pooled.device) % num_experts
+    return pooled, torch.tensor([row.task for row in rows], device=pooled.device) % num_groups
 
 
 def train_gate(
     state: AdapterState,
     model: PromptedModel,
     rows: Sequence[EncodedRow],
+    num_tasks: int,
     config: PretrainConfig,
     spread: Spread = map,
 ) -> tuple[AdapterState, float]:
-    """Cross-entropy of the gate against the rows' tasks; task `t` belongs to expert `t mod E`.
+    """Cross-entropy of the gate against the rows' tasks.
+
+    Deviation: `gate-epochs` steps of Adam, each on all rows at once; the paper says "a few epochs".
+
+    Our choice, where the paper has `E = T`: expert `e` and task `t` belong together if `e` and `t` are the same modulo
+    `min(E, T)`. Of too few experts each has several tasks; of too many a task has several, whose scores count as one.
 
     Returns:
-        The state with a trained gate, and the share of rows that end at their own expert.
+        The state with a trained gate, and the share of rows that end at their own experts.
     """
-    pooled, experts = gate_inputs(model, rows, len(state["gate.b2"]), spread)
+    num_groups = min(len(state["gate.b2"]), num_tasks)
+    pooled, groups = gate_inputs(model, rows, num_groups, spread)
     gate = Gate([state]).to(pooled.device)
     optimizer = torch.optim.Adam(gate.parameters(), lr=config.gate_lr)
     for _ in range(config.gate_epochs):
         optimizer.zero_grad()
-        F.cross_entropy(gate(pooled), experts).backward()
+        F.cross_entropy(_of_groups(gate(pooled), num_groups), groups).backward()
         optimizer.step()
     with torch.no_grad():
-        accuracy = (gate(pooled).argmax(-1) == experts).float().mean().item()
+        accuracy = (_of_groups(gate(pooled), num_groups).argmax(-1) == groups).float().mean().item()
     trained = {f"gate.{name}": p.detach()[0].cpu() for name, p in gate.named_parameters()}
     return {**state, **trained}, accuracy
+
+
+def _of_groups(logits: Tensor, num_groups: int) -> Tensor:
+    """Logits `(R, num_groups)` of groups of experts, given the experts' `(R, E)`: that of one expert is its own."""
+    return torch.stack([logits[:, group::num_groups].logsumexp(1) for group in range(num_groups)], 1)

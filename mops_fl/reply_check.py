@@ -3,15 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from mops_fl.errors import InputError
-from mops_fl.payload import ARRAYS, METRICS, shortened
+from mops_fl.payload import ARRAYS, METRICS, EvaluateResult, shortened
 
 _HEADER_SLACK_BYTES = 1024  # the same array may have a longer header from another numpy
+_MOST_LOSS = 700  # of a token, in nats; a perplexity beyond exp(700) is no float any more
+_MOST_ROWS = 2**32  # of a client and task; the sums over clients then stay far from the end of an int64
 _ROUNDING = 1e-3  # of the gate mass of one row, which is 1
 
 _METRIC_NAMES = {"num-examples", "num-steps", "num-tokens", "loss-sum", "seconds", "gate-mass"}
@@ -55,12 +56,47 @@ def check_result(content: RecordDict, expected: ArrayRecord, limits: ReplyLimits
     _check_metrics(dict(content.metric_records[METRICS]), limits)
 
 
+def checked_sums(content: RecordDict, num_tasks: int, num_experts: int, tokens_per_row: int) -> EvaluateResult:
+    """The measurement of an evaluation's reply, if it can be added to others.
+
+    Args:
+        content: a reply's content; anything may be in it.
+        num_tasks: tasks that were asked for.
+        num_experts: experts of the adapter's gate, 0 without one.
+        tokens_per_row: most that one row may have.
+
+    Raises:
+        InputError: it does not hold one possible sum for each task, and for each of its experts.
+    """
+    metrics: dict[str, Any] = dict(content.metric_records.get(METRICS, {}))
+    lengths = {"loss-sum": num_tasks, "num-tokens": num_tasks, "num-rows": num_tasks}
+    lengths["gate-mass"] = num_tasks * num_experts
+    if set(metrics) != set(lengths):
+        raise InputError("The reply does not hold exactly the sums of an evaluation; update the client's software.")
+    for name, length in lengths.items():
+        values = metrics[name]
+        if not isinstance(values, list) or len(values) != length:
+            raise InputError(f"Metric {name} is not a list of {length} numbers.")
+        if not np.isfinite(values).all() or min(values, default=0) < 0:
+            raise InputError(f"Metric {name} is {shortened(values)}, not finite numbers of at least 0.")
+        if name.startswith("num-") and any(type(value) is not int for value in values):
+            raise InputError(f"Metric {name} is {shortened(values)}, not counts.")
+    num_rows, num_tokens = metrics["num-rows"], metrics["num-tokens"]
+    if max(num_rows, default=0) > _MOST_ROWS:
+        raise InputError(f"Metric num-rows is {shortened(num_rows)}, more rows than any client has.")
+    if any(count > tokens_per_row * rows for count, rows in zip(num_tokens, num_rows, strict=True)):
+        raise InputError(f"Metric num-tokens is {shortened(num_tokens)}, more than so few rows can have.")
+    if any(loss > _MOST_LOSS * n for loss, n in zip(metrics["loss-sum"], num_tokens, strict=True)):
+        raise InputError(f"Metric loss-sum is {shortened(metrics['loss-sum'])}, more than any loss of so few tokens.")
+    return EvaluateResult(**{name.replace("-", "_"): tuple(metrics[name]) for name in lengths})
+
+
 def _check_array(name: str, array: Array, expected: Array) -> None:
     if len(array.data) > len(expected.data) + _HEADER_SLACK_BYTES:
         raise InputError(f"Array {name} takes {len(array.data):,} bytes, not {len(expected.data):,} as was sent.")
     try:
         values = array.numpy()
-    except (ValueError, TypeError, EOFError, OSError, SyntaxError, MemoryError, BadZipFile) as error:
+    except Exception as error:  # numpy hands a header to Python's parser, which fails in many ways
         raise InputError(f"Array {name} cannot be decoded ({error}).") from error
     if not isinstance(values, np.ndarray):  # numpy opens an archive of arrays just as well
         raise InputError(f"Array {name} cannot be decoded (it is a {type(values).__name__}).")

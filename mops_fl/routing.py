@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mops_fl.adapter import GATED
+from mops_fl.config import AdapterConfig
+from mops_fl.errors import InputError
+
 KEYS, EXPERTS = "neighbour-keys", "neighbour-experts"
 
 
@@ -50,8 +54,15 @@ class Neighbours:
         """Cosines `(R, S)`."""
         return F.normalize(pooled.float()) @ self.keys.T
 
-    def accuracy(self) -> float:
-        """Share of the keys whose nearest other key belongs to the same expert."""
-        others = self.similarity(self.keys).fill_diagonal_(float("-inf"))
-        own, nearest = self.experts.argmax(1), self.experts[others.argmax(1)].argmax(1)
-        return (own == nearest).float().mean().item()
+
+def check_num_experts(config: AdapterConfig, num_tasks: int) -> None:
+    """Refuse experts that no row would ever be routed to.
+
+    Raises:
+        InputError: rows go to their neighbours' expert, and there are more experts than tasks that are trained on.
+    """
+    if GATED.get(config.method) and config.routing == "nearest" and config.num_experts > num_tasks:
+        raise InputError(
+            f"`num-experts` is {config.num_experts}, but with `routing` 'nearest' each of the {num_tasks} tasks has "
+            f"one and the others would never be used; set it to at most {num_tasks}."
+        )

@@ -34,14 +34,12 @@ class DataSource:
 
     Attributes:
         path: The `.jsonl` or `.jsonl.gz` file, or the folder.
-        hub_id: Dataset id on the hub, None for data of the user's or the bundled sample.
-        revision: Git revision on the hub, None likewise.
+        revision: Git revision on the hub, None for data of the user's or the bundled sample.
         is_sample: Whether this is the bundled sample, which is not Dolly.
         description: One phrase for people, fit for a first line, a summary and a report.
     """
 
     path: Path
-    hub_id: str | None
     revision: str | None
     is_sample: bool
     description: str
@@ -109,14 +107,14 @@ def resolve_dolly(data_path: str) -> DataSource:
     for origin, given in (("data-path", data_path), ("MOPS_DOLLY", os.environ.get("MOPS_DOLLY", ""))):
         if given:
             path = _check_given_file(origin, Path(given).expanduser())
-            return DataSource(path, None, None, is_sample=False, description=f"rows of {path.name} ({origin})")
+            return DataSource(path, None, is_sample=False, description=f"rows of {path.name} ({origin})")
     cached = cached_dolly_path()
     if cached.is_file():
         check_sha256(cached, DOLLY_SHA256)
         description = f"Dolly-15k ({DOLLY_ID}, revision {DOLLY_REVISION[:8]}, {DOLLY_LICENCE})"
-        return DataSource(cached, DOLLY_ID, DOLLY_REVISION, is_sample=False, description=description)
+        return DataSource(cached, DOLLY_REVISION, is_sample=False, description=description)
     description = "a small sample in Dolly's format made for this project, not Dolly itself"
-    return DataSource(sample_path(), None, None, is_sample=True, description=description)
+    return DataSource(sample_path(), None, is_sample=True, description=description)
 
 
 def sample_path() -> Path:
@@ -139,7 +137,7 @@ def resolve_super_ni(data_path: str) -> DataSource:
             if not folder.is_dir():
                 raise InputError(f"{origin} names {folder}, which is no folder: give one with task files in it.")
             description = f"task files of {folder.resolve().name} ({origin})"
-            return DataSource(folder, None, None, is_sample=False, description=description)
+            return DataSource(folder, None, is_sample=False, description=description)
     cached = cached_super_ni_path()
     if not cached.is_dir():
         raise InputError(
@@ -148,7 +146,7 @@ def resolve_super_ni(data_path: str) -> DataSource:
         )
     require_complete(cached)
     description = f"Super-Natural Instructions ({SUPER_NI_ID}, revision {SUPER_NI_REVISION[:8]})"
-    return DataSource(cached, SUPER_NI_ID, SUPER_NI_REVISION, is_sample=False, description=description)
+    return DataSource(cached, SUPER_NI_REVISION, is_sample=False, description=description)
 
 
 def require_complete(folder: Path) -> None:

@@ -47,17 +47,14 @@ def list_tasks(tasks: Sequence[str]) -> str:
 
 
 def _matching(word: str, available: Sequence[str], place: str, key: str) -> list[str]:
-    if WILDCARDS & set(word):
-        found = [task for task in available if fnmatchcase(task, word)]
-    elif word in available:
-        found = [word]
-    else:
-        found = [task for task in available if task.startswith(f"{word}_")]
-        if len(found) > 1:
-            raise InputError(
-                f"`{key}` names {word!r}, which may be {list_tasks(found)}; write the name in full, "
-                f"or {word + '_*'!r} for all of them."
-            )
+    found = [task for task in available if _means(word, task)]
+    if word in found:
+        return [word]
     if not found:
         raise InputError(f"`{key}` names {word!r}, but there is no such task in {place}: {list_tasks(available)}.")
+    if len(found) > 1 and not WILDCARDS & set(word):
+        raise InputError(
+            f"`{key}` names {word!r}, which may be {list_tasks(found)}; write the name in full, "
+            f"or {word + '_*'!r} for all of them."
+        )
     return found

@@ -13,9 +13,9 @@ from typing import Any
 from mops_fl.errors import InputError
 from mops_fl.task_choice import list_tasks
 
-# The paper's seven by their official names. It calls the last one task697, which in the official numbering is
-# `formal_logic`, and gives `conala` as the source of `add_integer_to_list`, which is a synthetic task there; we go by
-# what the tasks are called.
+# The paper's seven by their official names. Deviation: the paper calls the last one task697, which in the official
+# numbering is `formal_logic`, and it gives `conala` as the source of `add_integer_to_list`, which is a synthetic task
+# there; we go by what the tasks are called.
 PAPER_TASKS = (
     "task001_quoref_question_generation",
     "task026_drop_question_generation",

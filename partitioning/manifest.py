@@ -1,9 +1,7 @@
-"""The record of a partition: which client owns which rows, as JSON, checked again when it is read."""
+"""The record of a partition: which client owns which rows, in JSON's types."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from partitioning.registry import PartitionConfig, check_partition
@@ -52,43 +50,3 @@ def _client_entry(
         "per-task": {task: per_task[task] for task in tasks},
         "rows": [int(row) for row in rows],
     }
-
-
-def load_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest and check it again: its counts agree, and its rows are disjoint and complete.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not a manifest, or its content contradicts itself.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        _check_manifest(manifest)
-    except KeyError as error:
-        raise ValueError(f"{path} is not a valid partition manifest: it has no {error}; make it again.") from error
-    except (AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a valid partition manifest: a value has the wrong type; make it again."
-        ) from error
-    except ValueError as error:
-        reason = str(error).rstrip(".")
-        raise ValueError(f"{path} is not a valid partition manifest: {reason}; make it again.") from error
-    return manifest
-
-
-def _check_manifest(manifest: dict[str, Any]) -> None:
-    clients, num_clients, num_rows = manifest["clients"], manifest["num-clients"], manifest["num-rows"]
-    if not isinstance(manifest["partitioner"], str) or type(manifest["seed"]) is not int:
-        raise ValueError("the partitioner is not a name or the seed is not an integer")
-    if type(num_rows) is not int or len(clients) != num_clients:
-        raise ValueError(f"it lists {len(clients)} clients and says {num_clients}, with {num_rows} rows")
-    for partition_id, client in enumerate(clients):
-        if client["partition-id"] != partition_id:
-            raise ValueError(f"client {partition_id} has the partition-id {client['partition-id']}")
-        if any(type(row) is not int for row in client["rows"]):
-            raise ValueError(f"client {partition_id} has a row that is not an integer")
-        if not len(client["rows"]) == client["num-rows"] == sum(client["per-task"].values()):
-            raise ValueError(f"the row counts of client {partition_id} differ from its list of rows")
-        if sorted(client["per-task"]) != manifest["tasks"]:
-            raise ValueError(f"client {partition_id} does not count every task")
-    check_partition([client["rows"] for client in clients], num_rows)

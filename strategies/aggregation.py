@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, MultiKrum
 
 from mops_fl.config import require_at_least, require_choice
 from mops_fl.errors import InputError
-from strategies.totals import WEIGHT, sum_metrics
+from strategies.totals import WEIGHT
 
 AGGREGATIONS = ("mean", "median", "trimmed-mean", "krum")
 
@@ -88,20 +88,19 @@ def needed_replies(config: AggregationConfig) -> int:
 
 def build_aggregate(config: AggregationConfig) -> Aggregate:
     """Flower's strategy of that name as a function."""
-    common = {"weighted_by_key": WEIGHT, "train_metrics_aggr_fn": sum_metrics}
     strategy: FedAvg
     if config.aggregation == "median":
-        strategy = FedMedian(**common)  # type: ignore[arg-type]
+        strategy = FedMedian(weighted_by_key=WEIGHT)
     elif config.aggregation == "trimmed-mean":
-        strategy = FedTrimmedAvg(**common, beta=config.trimmed_fraction)  # type: ignore[arg-type]
+        strategy = FedTrimmedAvg(weighted_by_key=WEIGHT, beta=config.trimmed_fraction)
     elif config.aggregation == "krum":
         strategy = MultiKrum(
-            **common,  # type: ignore[arg-type]
+            weighted_by_key=WEIGHT,
             num_malicious_nodes=config.krum_malicious,
             num_nodes_to_select=config.krum_selected,
         )
     else:
-        strategy = FedAvg(**common)  # type: ignore[arg-type]
+        strategy = FedAvg(weighted_by_key=WEIGHT)
 
     def aggregate(sent: ArrayRecord, replies: list[Message]) -> ArrayRecord:
         arrays, _ = strategy.aggregate_train(0, replies)

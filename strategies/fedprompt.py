@@ -16,9 +16,10 @@ from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from mops_fl.errors import InputError, RunError
-from mops_fl.payload import ARRAYS, METRICS, TrainResult, encode_request, encode_result, from_record
+from mops_fl.payload import ARRAYS, METRICS, TrainResult, encode_request, encode_result, from_record, shortened
 from mops_fl.reply_check import ReplyLimits, check_result
 from strategies.aggregation import Aggregate
+from strategies.replies import error_text, node_asked
 from strategies.sampling import ClientSampler
 from strategies.screening import overlong_updates
 from strategies.totals import WEIGHT, num_bytes, sum_metrics
@@ -88,14 +89,6 @@ class Acceptance:
 
 # (round, global adapter) -> what came of training on it.
 Participant = Callable[[int, ArrayRecord], TrainResult]
-
-
-def node_asked(reply: Message, messages: Iterable[Message]) -> int:
-    """The node that a reply is of: the sender, or that of the message to which the SuperLink answers in its place."""
-    if not reply.has_error():
-        return reply.metadata.src_node_id
-    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-    return asked.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
 
 
 class FedPrompt(FedAvg):
@@ -180,7 +173,7 @@ class FedPrompt(FedAvg):
         """Join the usable replies in the order of their partition ids.
 
         Raises:
-            RoundError: there are too few.
+            RoundError: there are too few, or the server's own training came to nothing finite.
         """
         number = self._rounds_done + server_round
         usable, failures = self._screen(replies)
@@ -196,12 +189,16 @@ class FedPrompt(FedAvg):
             self._weigh(reply.content, 1.0)
         if self._server:
             own = encode_result(self._server(number, self._sent))
+            try:
+                check_result(own, self._sent, self._acceptance.limits)
+            except InputError as error:
+                raise RoundError(f"Round {number}: the server's own training cannot be used. {error}") from error
             self._weigh(own, self._server_weight)
             usable.append(Message(own, dst_node_id=0, message_type=MessageType.TRAIN))
         contents = [reply.content for reply in usable]
         # Before the replies are joined: Flower's median takes the arrays out of them.
         drift = self.drift([from_record(content.array_records[ARRAYS]) for content in contents])
-        totals = sum_metrics(contents, WEIGHT)
+        totals = sum_metrics(contents)
         arrays = self.adjust(self._aggregate(self._sent, usable), contents)
         self._on_round(RoundReport(number, dict(totals), drift, failures, self._bytes_down, bytes_up))
         return arrays, totals
@@ -211,7 +208,10 @@ class FedPrompt(FedAvg):
         return average
 
     def drift(self, adapters: list[dict[str, NDArray[np.float32]]]) -> dict[str, float]:
-        """Root mean square distance of a participant's numbers from the participants' mean."""
+        """Root mean square distance of a participant's numbers from the participants' mean.
+
+        It is over all that is trained: runs that train other arrays, or keep a gate still, do not compare by it.
+        """
         squares = {name: np.stack([adapter[name] for adapter in adapters]).var(0) for name in adapters[0]}
         return {"drift": float(np.sqrt(np.mean(np.concatenate([square.ravel() for square in squares.values()]))))}
 
@@ -224,7 +224,7 @@ class FedPrompt(FedAvg):
         check_result(content, self._sent, self._acceptance.limits)
         metrics: Any = content.metric_records[METRICS]
         if len(metrics["gate-mass"]) != self._num_experts:
-            raise InputError(f"Metric gate-mass is {metrics['gate-mass']}, not {self._num_experts} numbers.")
+            raise InputError(f"Metric gate-mass is {shortened(metrics['gate-mass'])}, not {self._num_experts} numbers.")
         if metrics["num-examples"] > (known := self._sampler.clients[client].num_examples):
             raise InputError(f"Metric num-examples is {metrics['num-examples']}; the client told of {known} at first.")
 
@@ -251,7 +251,7 @@ class FedPrompt(FedAvg):
         if reply is None:
             return "no answer in time"
         if reply.has_error():
-            return reply.error.reason or f"error {reply.error.code}"
+            return error_text(reply)
         try:
             self.check_reply(client, reply.content)
         except InputError as error:

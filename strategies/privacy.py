@@ -21,7 +21,7 @@ from mops_fl.config import require_positive
 from mops_fl.errors import InputError
 from mops_fl.payload import ARRAYS, METRICS
 from strategies.aggregation import Aggregate
-from strategies.totals import WEIGHT, sum_metrics
+from strategies.totals import WEIGHT
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def private_mean(config: NoiseConfig, clients_per_round: int) -> Aggregate:
     The noise comes from the operating system, not from the run's seed: whoever can compute it can take it off again.
     """
     strategy = DifferentialPrivacyServerSideFixedClipping(
-        FedAvg(weighted_by_key=WEIGHT, train_metrics_aggr_fn=sum_metrics),
+        FedAvg(weighted_by_key=WEIGHT),
         config.noise_multiplier,
         np.float64(config.clip_norm),  # divided by an update's length, which may be 0: no error with this type
         clients_per_round,

@@ -10,14 +10,14 @@ from mops_fl.payload import METRICS
 WEIGHT = "weight"
 
 
-def sum_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
-    """Sum the clients' counts and sums; means are made of these, never of means."""
+def sum_metrics(contents: list[RecordDict]) -> MetricRecord:
+    """Sum the clients' counts and sums."""
     totals: dict[str, Any] = {}
     for content in contents:
         for name, value in content.metric_records[METRICS].items():
             if isinstance(value, list):
                 totals[name] = np.add(totals.get(name, [0.0] * len(value)), value).tolist()
-            elif name != weighted_by_key:
+            elif name != WEIGHT:
                 totals[name] = totals.get(name, 0) + value
     return MetricRecord(totals)
 

@@ -11,6 +11,10 @@ from pathlib import Path
 # Both are read at import. More threads than one only wait for each other when matrices are tiny.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+# Colours would stand amid the texts that are compared, and a proxy between the processes of this machine.
+os.environ.pop("FORCE_COLOR", None)
+os.environ.pop("TTY_COMPATIBLE", None)
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 import pytest
 import torch
@@ -57,6 +61,12 @@ TINY_RUN = {
 Scalar = bool | int | float | str
 TinyModel = Callable[..., PreTrainedModel]
 RunConfig = Callable[..., dict[str, Scalar]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs, on which bits and timings are others, unless `-m` asks for them; no test has yet called CUDA."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

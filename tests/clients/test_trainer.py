@@ -160,6 +160,7 @@ def test_unknown_client_is_refused(trainer, partition_id):
         ({"inject-layer": 4}, "`inject-layer` is 4, but the backbone has layers 0 to 3"),
         ({"num-clients": 8, "partitioner": "natural-id"}, "set num-clients to 7"),
         ({"num-clients": 200, "partitioner": "iid"}, "200 clients and 189 rows"),
+        ({"num-experts": 8, "routing": "nearest"}, "`num-experts` is 8, .* set it to at most 7"),
     ],
 )
 def test_bad_setting_is_an_input_error(run_config, changes, complaint):

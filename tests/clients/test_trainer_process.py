@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from clients import trainer_process as module
-from clients.trainer_process import TrainerProcess, _Server, runtime_folder
+from clients.trainer_process import TrainerProcess, _Server, _state, runtime_folder
 from mops_fl.errors import InputError
 from mops_fl.sources import sample_path
 
@@ -127,6 +127,22 @@ def test_idle_trainer_ends_and_the_next_message_finds_no_socket(owner):
     folder.rmdir()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_request_that_cannot_be_read_does_not_keep_an_idle_trainer(owner):
+    process = psutil.Process(owner.pid)
+    folder = runtime_folder(process)
+    server = _Server(folder, process, idle_seconds=0.2)
+    with module.Client(str(folder / "socket")) as connection:
+        connection.send_bytes(b"no pickle")
+        serving = threading.Thread(target=server.serve, daemon=True)
+        serving.start()
+        serving.join(timeout=20)
+    assert not serving.is_alive()
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
 def test_next_run_sees_that_a_client_has_changed_its_rows(owner, run_config, tmp_path):
     lines = sample_path().read_text(encoding="utf-8").splitlines(keepends=True)
     rows = tmp_path / "rows.jsonl"
@@ -138,3 +154,12 @@ def test_next_run_sees_that_a_client_has_changed_its_rows(owner, run_config, tmp
     after = client.describe(0)
     assert sum(after.own_rows.values()) < sum(before.own_rows.values())
     assert after.trainer != before.trainer
+
+
+@pytest.mark.parametrize("path", ["~/rows.jsonl", "~"])
+def test_rows_below_the_home_folder_are_seen_to_change(monkeypatch, tmp_path, path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text("one", encoding="utf-8")
+    before = _state(path)
+    (tmp_path / "rows.jsonl").write_text("another", encoding="utf-8")
+    assert _state(path) != before

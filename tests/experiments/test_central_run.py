@@ -78,3 +78,15 @@ def test_central_run_cannot_be_resumed_as_a_federation_nor_the_other_way_round(t
     (path / "summary.json").write_text(json.dumps({**summary, "training": "federated"}), encoding="utf-8")
     assert main(["train", "--app", "experiments.dolly", "--resume", str(path)]) == 2
     assert "is a federated run" in capsys.readouterr().err
+
+
+def test_training_that_is_not_finite_ends_the_run_with_its_start_kept(train, capsys):
+    code, path = train(lr=1e30)
+    assert code == 1
+    assert "the training is not finite any more; lower `lr`, which is 1e+30" in capsys.readouterr().err
+    assert RunFolder.open(path).summary["status"] == "failed"
+
+
+def test_clipping_is_refused(train, capsys):
+    assert train(clip_norm=1.0)[0] == 2
+    assert "central training has no clients' updates to clip" in capsys.readouterr().err

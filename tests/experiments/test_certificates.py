@@ -1,4 +1,6 @@
+import errno
 import ipaddress
+import os
 import socket
 import ssl
 import threading
@@ -19,6 +21,10 @@ LONG_NAME = "ec2-203-0-113-25.ap-southeast-1.compute.cloud.example.org"  # longe
 
 def certificate_in(folder, name="server.crt"):
     return x509.load_pem_x509_certificate((folder / name).read_bytes())
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def handshake(folder, authority, hostname):
@@ -44,9 +50,11 @@ def handshake(folder, authority, hostname):
         thread.join()
 
 
-@pytest.mark.parametrize("hostname", ["fleet.example.org", "10.0.0.5", "localhost", "127.0.0.1", LONG_NAME])
+@pytest.mark.parametrize(
+    "hostname", ["fleet.example.org", "10.0.0.5", "localhost", "127.0.0.1", LONG_NAME, "a.many.example.org"]
+)
 def test_certificate_is_good_for_every_name_of_the_server(tmp_path, hostname):
-    make_server_certificate(tmp_path, [LONG_NAME, "fleet.example.org", "10.0.0.5"])
+    make_server_certificate(tmp_path, [LONG_NAME, "fleet.example.org", "10.0.0.5", "*.many.example.org"])
     handshake(tmp_path, tmp_path / "ca.crt", hostname)
 
 
@@ -104,6 +112,75 @@ def test_private_keys_are_for_their_owner_alone_and_never_replaced(tmp_path):
     assert (tmp_path / "site").read_bytes() == secret
 
 
+@pytest.mark.parametrize("missing", ["site", "site.pub"])
+def test_half_a_key_pair_is_neither_replaced_nor_completed(tmp_path, missing):
+    make_node_key(tmp_path, "site")
+    (tmp_path / missing).unlink()
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="never replaced"):
+        make_node_key(tmp_path, "site")
+    assert contents(tmp_path) == before
+
+
+def test_authority_whose_key_is_elsewhere_is_not_replaced(tmp_path):
+    make_server_certificate(tmp_path, ["localhost"])
+    key = (tmp_path / "ca.key").read_bytes()
+    (tmp_path / "ca.key").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"bring ca.key back, or use another folder"):
+        make_server_certificate(tmp_path, ["localhost"])
+    (tmp_path / "ca.crt").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=r"has server.crt, but not the ca.key"):
+        make_server_certificate(tmp_path, ["localhost"])
+    (tmp_path / "elsewhere").rename(tmp_path / "ca.crt")
+    assert contents(tmp_path) == before
+    (tmp_path / "ca.key").write_bytes(key)
+    make_server_certificate(tmp_path, ["localhost"])
+    assert (tmp_path / "ca.crt").read_bytes() == before["ca.crt"]
+
+
+def test_certificate_never_outlives_its_authority(tmp_path, monkeypatch):
+    for days in (20_000, 3_000_000):
+        with pytest.raises(InputError, match=r"authority itself lasts until 20\d\d-\d\d-\d\d; give at most 3649 days"):
+            make_server_certificate(tmp_path / "new", ["localhost"], days)
+    assert not (tmp_path / "new").exists()
+
+    monkeypatch.setattr(module, "AUTHORITY_DAYS", 1)
+    with pytest.raises(InputError, match="make a new one in another folder"):
+        make_server_certificate(tmp_path / "new", ["localhost"], days=1)
+    monkeypatch.setattr(module, "AUTHORITY_DAYS", 30)
+    make_server_certificate(tmp_path, ["localhost"], days=29)
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"--days is 397, but .* give at most 29 days"):
+        make_server_certificate(tmp_path, ["localhost"])
+
+    class NextYear(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(days=365)
+
+    monkeypatch.setattr(module, "datetime", NextYear)
+    with pytest.raises(InputError, match="make a new one in another folder"):
+        make_server_certificate(tmp_path, ["localhost"], days=1)
+    assert contents(tmp_path) == before
+
+
+def test_pair_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch):
+    make_server_certificate(tmp_path, ["localhost"])
+    before = contents(tmp_path)
+    open_file = os.open
+
+    def full(path, flags, mode=0o777):
+        if ".key" in str(path):  # the second file of the pair
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return open_file(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(InputError, match="cannot be written \\(No space left"):
+        make_server_certificate(tmp_path, ["localhost"])
+    assert contents(tmp_path) == before
+
+
 def test_node_key_is_what_flower_takes(tmp_path):
     make_node_key(tmp_path, "site")
     private = load_ssh_private_key((tmp_path / "site").read_bytes(), None)
@@ -126,18 +203,34 @@ def test_commands_make_what_the_documentation_says(tmp_path, capsys):
     ("arguments", "complaint"),
     [
         (["server", "{}", "--host", "x", "--days", "0"], "--days is 0"),
-        (["server", "{}/file", "--host", "x"], "cannot be made"),
-        (["server", "{}", "--host", "münchen.example"], "write it in its xn-- form"),
+        (["server", "{}/file", "--host", "x"], "file cannot be written"),
+        (["server", "{}/authority", "--host", "x"], "cannot be written (Is a directory)"),
+        (["node", "{}", "s" * 253], "cannot be written"),  # its .pub has too long a name
+        (["server", "{}", "--host", "münchen.example"], "in their xn-- form"),
         (["node", "{}", "taken"], "never replaced"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_code_2(tmp_path, capsys, arguments, complaint):
     (tmp_path / "file").touch()
     (tmp_path / "taken").touch()
+    (tmp_path / "authority" / "server.key").mkdir(parents=True)
+    before = contents(tmp_path)
     assert main(["certificates", *(argument.format(tmp_path) for argument in arguments)]) == 2
     errors = capsys.readouterr().err
     assert complaint in errors
     assert errors.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["", "fleet example.org", " 10.0.0.5", "fleet.example.org:9092", "https://fleet.example.org", "203.0.113.7/24",
+     "203.0.113.256", "fleet.example.org.", "-fleet.example.org", "fleet.*.org", "a" * 64, ".".join(["a" * 63] * 4)],
+)  # fmt: skip
+def test_host_that_no_client_can_call_is_refused(tmp_path, host):
+    with pytest.raises(InputError, match="neither a host name nor an IP address"):
+        make_server_certificate(tmp_path / "authority", [host])
+    assert not (tmp_path / "authority").exists()
 
 
 def test_authority_that_is_torn_is_refused(tmp_path):

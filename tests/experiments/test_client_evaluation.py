@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -56,7 +57,9 @@ class FakeGrid:
 
 
 def ask(answers, num_experts=2):
-    return evaluate_on_clients(FakeGrid(answers), list(answers), REQUEST, num_experts=num_experts, timeout_seconds=1)
+    return evaluate_on_clients(
+        FakeGrid(answers), list(answers), REQUEST, num_experts=num_experts, tokens_per_row=4, timeout_seconds=1
+    )
 
 
 def test_sums_of_all_clients_are_one_measurement():
@@ -95,6 +98,8 @@ def test_clients_that_keep_no_rows_back_add_nothing():
         ("num-rows", 2),
         ("gate-mass", []),
         ("num-tokens", [0.4, 3.0]),
+        ("num-tokens", [9, 4]),  # of two rows with four at most
+        ("num-rows", [2**63 - 1, 1]),  # with another's, more than an int64 holds
         ("loss-sum", [1e9, 2.0]),  # its exponential is no float
     ],
 )
@@ -173,11 +178,10 @@ def test_simulated_clients_measure_on_rows_that_they_keep_back(values, tmp_path,
 
 
 def test_client_that_cannot_measure_is_counted(values, tmp_path, monkeypatch, caplog):
-    whole, asked = Trainer.evaluate_client, []
+    whole, asked = Trainer.evaluate_client, itertools.count(1)
 
     def breaks_once(trainer, *args):
-        asked.append(args)
-        if len(asked) == 18:  # ten clients measure the bare model, then round 0
+        if next(asked) == 18:  # ten clients measure the bare model, then round 0
             raise MemoryError("no memory left")
         return whole(trainer, *args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser
 from pathlib import Path
 
@@ -36,6 +37,9 @@ def test_table_has_perplexity_gain_and_cost_of_every_run(make_run) -> None:
     assert list(perplexity)[-1] == "all tasks"
     assert perplexity["all tasks"] == ["20.00", "15.00"]
     assert perplexity["creative writing"] == ["14.00", "10.50"]
+    of_tasks = [value for task, value in first.results()["perplexity"].items() if task != "all"]
+    alike = math.prod(of_tasks) ** (1 / len(of_tasks))
+    assert perplexity["each task alike"] == [f"{alike:.2f}", f"{0.75 * alike:.2f}"]
     assert gain["all tasks"] == [compare.NOTHING, "+25.0 %"]
     assert cost["client steps"] == ["400", "400"]
     assert cost["trainable parameters"] == ["77,447", "77,447"]
@@ -49,9 +53,36 @@ def test_seeds_of_one_configuration_are_joined_to_mean_and_spread(make_run) -> N
     runs += [make_run("m1", after=16.0), make_run("m2", after=14.0, seed=2)]
     _, table = compare.comparison_tables(runs)
     assert table.columns == ["", "FedPrompt, 3 seeds", "MoPs, 2 seeds"]
-    # 18, 20, 22: mean 20, sample deviation 2. 16, 14: mean 15, deviation sqrt(2). 15 is a quarter below 20.
+    # 18, 20, 22: mean 20, sample deviation 2. 16, 14: mean 15, deviation sqrt(2). Of seeds 1 and 2: 19 and 15.
     assert rows(table, 0)["all tasks"] == ["20.00 ± 2.00 (18.00-22.00)", "15.00 ± 1.41 (14.00-16.00)"]
-    assert rows(table, 1)["all tasks"] == [compare.NOTHING, "+25.0 %"]
+    assert rows(table, 1)["all tasks"] == [compare.NOTHING, "+21.1 %"]
+
+
+def test_no_gain_without_a_seed_that_both_have(make_run) -> None:
+    runs = [make_run("a"), make_run("b", seed=2), make_run("c", method="fedprompt", seed=3)]
+    _, table = compare.comparison_tables(runs)
+    assert rows(table, 1)["all tasks"] == [compare.NOTHING, compare.NOTHING]
+
+
+def test_key_that_only_newer_runs_have_does_not_part_seeds(make_run) -> None:
+    runs = [make_run("old"), make_run("new", seed=2, gate_temperature=1.0)]
+    runs.append(make_run("other", seed=3, gate_temperature=4.0))
+    assert [[run.path.name for run in group.runs] for group in compare.seed_groups(runs)] == [["old", "new"], ["other"]]
+
+
+@pytest.mark.parametrize(("sha256", "num_groups"), [("same", 1), ("other", 2), (None, 2)])
+def test_same_data_under_another_path_does_not_part_seeds(make_run, sha256: str | None, num_groups: int) -> None:
+    first = make_run("a", summary={"data_sha256": "same"}, data_path="here.jsonl.gz")
+    second = make_run("b", summary={"data_sha256": sha256} if sha256 else {}, data_path="there.jsonl.gz", seed=2)
+    assert len(compare.seed_groups([first, second])) == num_groups
+
+
+def test_a_seed_that_was_run_again_is_a_run_more_and_no_seed_more(make_run) -> None:
+    runs = [make_run("a", after=20.0), make_run("again", after=22.0), make_run("b", after=30.0, seed=2)]
+    runs.append(make_run("first", after=42.0, seed=1, method="fedprompt"))
+    _, table = compare.comparison_tables(runs[::-1])
+    assert table.columns[1:] == ["FedPrompt, 1 seed", "MoPs, 3 runs"]
+    assert rows(table, 1)["all tasks"] == [compare.NOTHING, "+50.0 %"]  # 42 against the mean of seed 1's two
 
 
 def test_another_rate_is_another_group(make_run) -> None:
@@ -73,14 +104,28 @@ def test_methods_and_seeds_may_differ_without_a_warning(make_run) -> None:
         ({"summary": {"data_is_sample": True}}, "dataset (dolly / dolly, bundled sample)"),
         ({"backbone": "other"}, "backbone (HuggingFaceTB/SmolLM2-135M-Instruct / other)"),
         ({"quantization": "int8"}, "quantization (none / int8)"),
-        ({"eval_rows": 210}, "test rows (eval-rows 0 / 210)"),
-        ({"data_seed": 7}, "test rows (data-seed 0 / 7)"),
+        ({"eval_rows": 210}, "rows (eval-rows 0 / 210)"),
+        ({"data_seed": 7}, "rows (data-seed 0 / 7)"),
+        ({"num_clients": 50}, "num-clients (100 / 50)"),
+        ({"clients_per_round": 5}, "clients-per-round (10 / 5)"),
+        ({"skew": 1.0}, "skew (15.0 / 1.0)"),
+        ({"partitioner": "iid"}, "partitioner (skewed-shards / iid)"),
+        ({"batch_size": 4}, "batch-size (1 / 4)"),
+        ({"server_weight": 1.0}, "server-weight (0.0 / 1.0)"),
+        ({"local_steps": 80}, "local-steps (8 / 80)"),
+        ({"evaluate_on": "clients"}, "rows (evaluate-on server / clients)"),
+        ({"held_out_tasks": "open_qa"}, "rows (held-out-tasks '' / open_qa)"),
+        ({"summary": {"training": "central"}}, "training (federated / central)"),
+        ({"summary": {"dtype": "float32"}}, "dtype (bfloat16 / float32)"),
         ({"bare": 61.0}, "perplexity of the bare model (60.00 / 61.00)"),
         ({"summary": {"status": "interrupted"}}, "status (complete / interrupted)"),
     ],
 )
 def test_what_makes_a_comparison_unfair_is_named_in_one_line(make_run, change, said: str) -> None:
-    warning = compare.fairness_warning([make_run("a"), make_run("b", **change)])
+    usual = {"skew": 15.0, "partitioner": "skewed-shards", "batch_size": 1, "server_weight": 0.0, "held_out_tasks": ""}
+    usual |= {"local_steps": 8, "evaluate_on": "server"}
+    first = make_run("a", summary={"dtype": "bfloat16"}, **usual)
+    warning = compare.fairness_warning([first, make_run("b", **{**usual, **change})])
     assert warning == f"Not a fair comparison, the runs differ in: {said}."
 
 
@@ -105,6 +150,15 @@ def test_many_runs_lose_no_figure_in_a_narrow_terminal(make_run, monkeypatch, ca
     lines = capsys.readouterr().out.splitlines()
     line = next(line for line in lines if line.strip().startswith("all"))
     assert line.split()[-9:] == [f"{100 + seed}.0" for seed in range(9)]
+
+
+def test_name_of_a_task_is_no_markup(make_run, capsys) -> None:
+    perplexity = {"all": 20.0, "qa [easy]": 20.0, "x[/b]": 20.0}
+    runs = [make_run(name, summary={"perplexity": perplexity}) for name in ("a", "b")]
+    run_command(*(run.path for run in runs))
+    printed = capsys.readouterr().out
+    assert "qa [easy]" in printed
+    assert "x[/b]" in printed
 
 
 def test_output_is_beside_the_first_run_unless_named(make_run) -> None:

@@ -2,8 +2,10 @@ import json
 
 import pytest
 
+from experiments import compress_command
 from experiments.cli import main
-from mops_fl.compressed import COMPRESSION_RECEIPT
+from experiments.compress_command import prune_if_missing
+from mops_fl.compressed import COMPRESSION_RECEIPT, SeveralPrunedError
 
 SMALL = "num-rows=210 server-rows=35 max-length=64 dtype='float32'"
 
@@ -49,6 +51,14 @@ def test_llmcompressors_own_output_is_kept_in(press, capfd):
 def test_rows_are_those_of_the_named_file(press, tmp_path, capsys):
     assert press("--recipe", "wanda:75%", "--data", str(tmp_path / "none.jsonl")) == 2
     assert "none.jsonl, which does not exist" in capsys.readouterr().err
+
+
+def test_choice_among_several_is_left_to_the_run(run_config, monkeypatch):
+    def several(_):
+        raise SeveralPrunedError("pruned more than once")
+
+    monkeypatch.setattr(compress_command, "resolve_model", several)
+    prune_if_missing(run_config({"compression": "wanda:75%"}), say=pytest.fail)
 
 
 @pytest.mark.parametrize(

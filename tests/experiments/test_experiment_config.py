@@ -165,3 +165,17 @@ def test_prompts_cannot_start_from_input_prompts_that_are_not_there(run_config):
     changes = {"prompt-init": "transformed", "input-prompts": False}
     with pytest.raises(InputError, match="`prompt-init` is 'transformed', but `input-prompts` is false"):
         ExperimentConfig.from_run_config(run_config(changes))
+
+
+def test_what_only_a_gate_reads_is_refused_where_there_is_none(run_config):
+    changes = {"routing": "nearest", "gate-temperature": 4.0}
+    with pytest.raises(InputError, match=r"`gate-temperature` is 4\.0, but `routing` is 'nearest', which has no gate"):
+        ExperimentConfig.from_run_config(run_config(changes))
+
+
+def test_positions_are_not_pooled_where_another_model_reads_the_question(run_config):
+    changes = {"pooling": "all", "gate-embedding": "some/encoder"}
+    with pytest.raises(
+        InputError, match="`pooling` is 'all', but the model of `gate-embedding` sees the question only"
+    ):
+        ExperimentConfig.from_run_config(run_config(changes))

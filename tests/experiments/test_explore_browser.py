@@ -23,27 +23,38 @@ PATIENCE_MS = 60_000
 NOTES = "[...document.querySelectorAll('.block.note')].map(note => note.innerText.trim()).filter(text => text)"
 
 
+@pytest.fixture(scope="module")
+def servers():
+    """The command that `address` starts for the first test; it then ends by Ctrl-C, leaving nothing running."""
+    started = []
+    yield started
+    for server in started:
+        try:
+            children = psutil.Process(server.pid).children(recursive=True)
+            server.send_signal(signal.SIGINT)
+            _, errors = server.communicate(timeout=30)
+            assert server.returncode == 0, errors
+            assert "Traceback" not in errors
+            assert not [child for child in children if child.is_running()]
+        finally:
+            server.kill()
+
+
 @pytest.fixture
-def address(make_usable_run):
-    """Where a started command serves a run of each prompt method; it then ends by Ctrl-C, leaving nothing running."""
-    runs = [make_usable_run(method, method=method).path for method in ("fedprompt", "mops")]
-    command = [Path(sys.executable).with_name("mops-fl"), "explore", *runs, "--port", "0"]
-    server = subprocess.Popen(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
+def address(servers, make_usable_run):
+    """Where a command serves a run of each prompt method, the same for all tests."""
+    if not servers:
+        runs = [make_usable_run(method, method=method).path for method in ("fedprompt", "mops")]
+        command = [Path(sys.executable).with_name("mops-fl"), "explore", *runs, "--port", "0"]
+        server = subprocess.Popen(
+            [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        servers.append(server)
         said = server.stdout.readline()
         match = re.match(r"(http://127\.0\.0\.1:\d+) ", said)
         assert match, said + server.stderr.read()
-        yield match[1]
-        children = psutil.Process(server.pid).children(recursive=True)
-        server.send_signal(signal.SIGINT)
-        _, errors = server.communicate(timeout=30)
-        assert server.returncode == 0, errors
-        assert "Traceback" not in errors
-        assert not [child for child in children if child.is_running()]
-    finally:
-        server.kill()
+        server.address = match[1]
+    return servers[0].address
 
 
 @pytest.fixture
@@ -99,7 +110,7 @@ def test_user_asks_an_example_and_sees_answers_gate_and_map(page, address):
 
 def test_stop_ends_an_answer_and_the_next_question_is_answered(page):
     page.get_by_role("button", name="How answers are made").click()
-    page.locator("input[type=number]").first.fill("200")
+    page.locator("input[type=number]").first.fill("400")
     page.locator("#instruction textarea").fill("Go on.")
     page.click("#ask")
     page.wait_for_function(f"{NOTES}.includes('writing …')")

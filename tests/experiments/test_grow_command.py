@@ -1,10 +1,13 @@
 """An expert more for a held-out task, on a run of the tiny model."""
 
+import errno
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from experiments import grow_command
 from experiments.app_folder import AppFolder
 from experiments.cli import main
 from experiments.runtimes import run_inline
@@ -68,3 +71,58 @@ def test_what_cannot_be_grown_is_refused(trained, capsys, changes, options, comp
     errors = capsys.readouterr().err
     assert complaint in errors
     assert errors.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_training(trained, tmp_path, capsys, monkeypatch):
+    run = trained(held_out_tasks="closed_qa", num_experts=6, num_server_rounds=1)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(grow_command, "_grow", lambda *_: pytest.fail("trained"))
+    assert main(["grow", str(run), "--output", str(tmp_path / "file" / "grown")]) == 2
+    assert "cannot be written (Not a directory); choose another --output" in capsys.readouterr().err
+
+
+def test_output_of_the_current_folder_is_named_after_it(make_usable_run, tmp_path, monkeypatch):
+    run = make_usable_run("run", held_out_tasks="closed_qa")
+    monkeypatch.chdir(run.path)
+    assert main(["grow", ".", "--rows", "1", "--steps", "1"]) == 0
+    assert load_adapter(tmp_path / "run-closed_qa").card.startswith("run with one more expert, for closed qa")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"server_rows": 0}, "has no rows to tell 'closed_qa' from; train a run with server-rows above 0"),
+        ({"server_rows": 1, "partitioner": "own-rows"}, "has no row of 'closed_qa' to learn from"),
+    ],
+)
+def test_server_without_rows_is_refused_before_anything_is_loaded(
+    make_usable_run, tmp_path, capsys, monkeypatch, changes, complaint
+):
+    run = make_usable_run("run", held_out_tasks="closed_qa", **changes)
+    monkeypatch.setattr(grow_command, "_grow", lambda *_: pytest.fail("loaded"))
+    assert main(["grow", str(run.path)]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "run-closed_qa").exists()
+
+
+def test_full_disk_after_the_training_is_one_sentence(make_usable_run, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = make_usable_run("run", held_out_tasks="closed_qa")
+    monkeypatch.setattr(MopsModel, "save_pretrained", full)
+    assert main(["grow", str(run.path), "--rows", "1", "--steps", "1"]) == 2
+    folder = tmp_path / "run-closed_qa"
+    assert capsys.readouterr().err == (
+        f"mops-fl: {folder} cannot be written (No space left on device); choose another --output.\n"
+    )
+
+
+def test_names_of_tasks_are_shown_as_they_are():
+    perplexity = {"qa [easy]": 2.0, "x[/b]": 3.0, "all": 2.5}
+    growth = grow_command.Growth("x[/b]", 1, 1, 0.1, 0, perplexity, perplexity, {})
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(grow_command._table(growth, ("qa [easy]", "x[/b]")))
+    assert "qa [easy]" in capture.get()
+    assert capture.get().count("x[/b]") == 2  # in the title too

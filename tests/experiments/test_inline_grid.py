@@ -107,13 +107,13 @@ def test_reply_that_comes_after_the_time_limit_is_dropped_and_the_next_one_is_no
             RecordDict({"value": MetricRecord({"value": message.content["config"]["value"]})}), reply_to=message
         )
 
-    def ask_both(value):
+    def ask_both(value, timeout):
         content = RecordDict({"config": ConfigRecord({"value": value})})
         messages = [Message(content, dst_node_id=node, message_type=MessageType.TRAIN) for node in (1, 2)]
-        replies = grid.send_and_receive(messages, timeout=0.5)
+        replies = grid.send_and_receive(messages, timeout=timeout)
         return {reply.metadata.src_node_id: reply.content["value"]["value"] for reply in replies}
 
     grid = InlineGrid(app, 2, {})
-    assert ask_both(1) == {1: 1}
+    assert ask_both(1, timeout=0.5) == {1: 1}
     late.set()
-    assert ask_both(2) == {1: 2, 2: 2}
+    assert ask_both(2, timeout=30) == {1: 2, 2: 2}

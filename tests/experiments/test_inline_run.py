@@ -186,5 +186,18 @@ def test_run_without_a_gate_keeps_what_its_rows_are_routed_by(run_config, tmp_pa
     assert len(mass) == 7
     assert sum(mass) == 3 * 2  # clients, steps: each row has one expert
     assert all(f"drift-expert-{expert}" in {entry["metric"] for entry in metrics} for expert in range(7))
-    assert "gate-accuracy" in {entry["metric"] for entry in metrics}
+    assert "gate-accuracy" not in {entry["metric"] for entry in metrics}
     assert routed.summary["experts"] == [[task] for task in DOLLY_TASKS]
+
+
+@pytest.mark.parametrize(
+    ("changes", "experts"),
+    [
+        ({"num_experts": 9}, [[task] for task in (*DOLLY_TASKS, *DOLLY_TASKS[:2])]),
+        ({"num_experts": 5}, [[*DOLLY_TASKS[0::5]], [*DOLLY_TASKS[1::5]], *([task] for task in DOLLY_TASKS[2:5])]),
+        ({"server_rows": 0}, None),
+    ],
+)
+@pytest.mark.usefixtures("quick_report")
+def test_experts_are_named_by_what_they_were_pretrained_for(run_config, tmp_path, changes, experts):
+    assert run(run_config, tmp_path / "run", num_server_rounds=1, **changes).summary.get("experts") == experts

@@ -67,10 +67,8 @@ def test_sample_data_and_a_run_cut_short_are_said_at_the_top(make_run, without_p
     assert html.index("Status: interrupted.") < html.index("Perplexity per task")
 
 
-def test_run_that_was_killed_is_reported_from_its_log(make_run, without_plots) -> None:
-    html = html_of(make_run(ended=False))
-    assert "Status: unfinished." in html
-    assert "-50.0 %" in html
+def test_run_that_was_killed_before_its_start_was_measured_is_said_to_be_unfinished(make_run, without_plots) -> None:
+    assert "Status: unfinished." in html_of(make_run(ended=False))
 
 
 def test_run_that_got_nowhere_still_has_a_report(tmp_path: Path) -> None:
@@ -92,6 +90,15 @@ def test_table_has_the_whole_set_last_and_a_dash_for_what_is_missing(make_run) -
     lines = [line for line in capture.get().splitlines() if "%" in line]
     assert len(lines) == 8
     assert re.findall(r"[-–+\d.]+", lines[-1]) == ["–", "40.00", "20.00", "-50.0"]  # noqa: RUF001
+
+
+def test_names_in_the_table_are_shown_as_they_are(make_run) -> None:
+    perplexity = {"qa [easy]": 2.0, "x[/b]": 3.0}
+    summary = {**make_run().summary, "backbone": "tiny [small]", "perplexity": perplexity}
+    console = Console(width=100)
+    with console.capture() as capture:
+        report.print_perplexity_table(summary, console)
+    assert all(name in capture.get() for name in ("qa [easy]", "x[/b]", "tiny [small]"))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +124,15 @@ def test_command_makes_each_report_and_prints_where(make_run, capsys: pytest.Cap
     assert main(["report", *map(str, folders)]) == 0
     assert capsys.readouterr().out.split() == [str(folder / "report.html") for folder in folders]
     assert all((folder / "report.html").stat().st_size > 10_000 for folder in folders)
+
+
+def test_folder_that_cannot_be_written_is_one_sentence(make_run, without_plots, capsys) -> None:
+    run = make_run()
+    (run.path / report.REPORT).mkdir()
+    assert main(["report", str(run.path)]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written (Is a directory)" in error
+    assert error.count("\n") == 1
 
 
 def test_reports_and_comparisons_need_neither_torch_nor_flower() -> None:

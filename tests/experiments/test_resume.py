@@ -70,6 +70,7 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(run, method, seed):
     )
     assert {key: resumed.summary[key] for key in same} == {key: straight.summary[key] for key in same}
     assert resumed.summary["elapsed_seconds"] > before["elapsed_seconds"]
+    assert {**resumed.config, "output-dir": ""} == {**straight.config, "output-dir": ""}
 
 
 def test_interrupted_command_goes_on_with_resume(run, run_config, tmp_path, monkeypatch):
@@ -133,8 +134,19 @@ def test_run_is_not_gone_on_with_on_other_rows(run, tmp_path):
     assert measured(RunFolder.open(before.path)) == figures
 
 
+def test_run_is_not_gone_on_with_where_a_client_has_other_rows(run):
+    begun = run("run", num_server_rounds=1)
+    first, *others = begun.partition["clients"]
+    per_task = {**first["per-task"], "open_qa": first["per-task"]["open_qa"] + 1}
+    begun.write_json("partition.json", {**begun.partition, "clients": [*others, {**first, "per-task": per_task}]})
+    with pytest.raises(InputError, match="was begun with other rows at its clients than they have now"):
+        run("run", resume=True)
+    begun.write_json("partition.json", {**begun.partition, "clients": [*others, first]})
+    assert run("run", resume=True, num_server_rounds=2).summary["rounds"] == 2
+
+
 def test_run_is_not_gone_on_with_on_other_weights(run, monkeypatch):
     run("run", num_server_rounds=1)
-    monkeypatch.setattr(trainer_module, "weights_sha256", lambda _: "others")
+    monkeypatch.setattr(trainer_module, "backbone_sha256", lambda _: "others")
     with pytest.raises(InputError, match="was begun with other weights"):
         run("run", resume=True)

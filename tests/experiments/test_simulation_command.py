@@ -112,14 +112,14 @@ def test_unknown_app_returns_2(command, app):
 def test_occupied_output_folder_returns_2_and_is_left_alone(command, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/diary.txt").write_text("dear diary")
-    assert_refused(command(), "is not empty; choose another output-dir")
+    assert_refused(command(), "is not empty; name another folder")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["diary.txt"]
 
 
 def test_folder_of_a_finished_run_returns_2_and_is_left_alone(command, tmp_path):
     assert command(num_server_rounds=1)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert_refused(command(), "is not empty; choose another output-dir")
+    assert_refused(command(), "is not empty; name another folder")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
@@ -192,14 +192,14 @@ def test_signal_ends_the_run_with_its_code_and_a_valid_folder(command, tmp_path,
 def test_folder_that_only_looks_like_a_run_returns_2(command, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/summary.json").write_text("{}")
-    assert_refused(command(), "is not empty; choose another output-dir")
+    assert_refused(command(), "is not empty; name another folder")
 
 
 def test_run_still_going_in_the_output_folder_is_not_marked(command, tmp_path):
     assert command(num_server_rounds=1)[0] == 0
     running = json.dumps({**summary_of(tmp_path / "run"), "status": "running"})
     (tmp_path / "run/summary.json").write_text(running)
-    assert_refused(command(), "is not empty; choose another output-dir")
+    assert_refused(command(), "is not empty; name another folder")
     assert (tmp_path / "run/summary.json").read_text() == running
 
 

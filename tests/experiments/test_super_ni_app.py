@@ -55,7 +55,7 @@ def folder(tmp_path):
 @pytest.fixture
 def command(run_config, tmp_path, monkeypatch, capsys):
     """``command("--data", folder, tasks="a,b")``: exit code and what a tiny run into ``tmp_path / "run"`` prints."""
-    monkeypatch.setattr(simulation, "_raise_on_signals", lambda: None)
+    monkeypatch.setattr(simulation, "raise_on_signals", lambda: None)
 
     def call(*arguments, **changes):
         sizes = {"dataset": "super-ni", "num-rows": 100, "server-rows": 21, "eval-rows": 9, "num-experts": 3}

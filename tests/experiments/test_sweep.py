@@ -97,6 +97,14 @@ def test_gain_is_over_the_seeds_that_both_methods_have(sweep, content, tmp_path)
     assert f"| {percent_text(100 * (first - other) / first)} |" in (tmp_path / "out" / "sweep.md").read_text()
 
 
+def test_output_that_cannot_be_written_is_one_sentence(sweep, content, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert sweep(content, "--only", "7-*-fedprompt-seed1") == 2
+    error = capsys.readouterr().err
+    assert "choose another --output" in error
+    assert error.count("\n") == 1
+
+
 def test_report_of_a_sweep_runs_nothing(sweep, content, tmp_path, monkeypatch, capsys):
     assert sweep(content, "--only", "7-*-fedprompt-seed1") == 0
     monkeypatch.setattr(sweep_command, "run_app", lambda *_, **__: pytest.fail("run"))
@@ -132,13 +140,15 @@ def test_interrupted_run_is_gone_on_with_and_a_broken_one_is_kept_aside(sweep, c
         assert sweep(content, *only) == 128 + signal.SIGTERM
         assert sweep(content, "--only", "7-*-central-seed0") == 128 + signal.SIGTERM
     assert calls == ["federated", "central"]
+    for checkpoint in (tmp_path / "out" / "7-experts-mops-central-seed0" / "checkpoints").iterdir():
+        checkpoint.unlink()
     assert sweep(content, *only) == 0
     found = summaries(tmp_path)
     assert found["7-experts-fedprompt-seed0"]["status"] == "complete"
     assert found["7-experts-mops-central-seed0"]["status"] == "complete"
-    assert [name for name in found if ".broken-" in name] == [
-        name for name in found if name.startswith("7-experts-mops-central-seed0.broken-")
-    ]
+    (aside,) = [name for name in found if ".broken-" in name]
+    assert aside.startswith("7-experts-mops-central-seed0.broken-")
+    assert found[aside]["status"] == "interrupted"
     metrics = RunFolder.open(tmp_path / "out" / "7-experts-fedprompt-seed0").metrics()
     assert sum(entry["metric"] == "loss" and entry["round"] == 1 for entry in metrics) == 1  # not from the start again
 
@@ -148,6 +158,50 @@ def test_folder_of_another_run_is_never_taken_for_this_one(sweep, content, tmp_p
     content["methods"]["FedPrompt"]["lr"] = 0.02
     assert sweep(content) == 2
     assert "made with lr = 0.01, the sweep says 0.02" in capsys.readouterr().err
+
+
+def test_run_that_goes_on_elsewhere_is_skipped_and_shown_so(sweep, content, tmp_path, monkeypatch, capsys):
+    def begun_elsewhere(program, args, backend, *, training):
+        claims.append(RunFolder.create(later.folder, later.values).claim())
+        return 1
+
+    claims = []
+    monkeypatch.setattr(sweep_command, "run_app", begun_elsewhere)
+    content["rows"] = {"7 experts": {}}
+    (tmp_path / "sweep.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
+    later = read_sweep(tmp_path / "sweep.toml", tmp_path / "out").runs[1]  # taken while the one before it is run
+    assert sweep(content, "--only", "*-fedprompt-*") == 1
+    claims.pop().close()
+    printed = capsys.readouterr().out
+    assert "7-experts-fedprompt-seed0: failed" in printed
+    assert "7-experts-fedprompt-seed1: running elsewhere" in printed
+    assert later.status() == "broken"  # still there
+
+
+def test_sweep_with_a_run_that_diverged_goes_to_its_end(sweep, content, tmp_path, capsys):
+    (tmp_path / "sweep.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
+    planned = read_sweep(tmp_path / "sweep.toml", tmp_path / "out").of("7 experts", "FedPrompt")[0]
+    figures = {"perplexity": {"all": None}, "perplexity_bare": {"all": 12.5}, "client_steps": 12}
+    RunFolder.create(planned.folder, planned.values).write_summary({"status": "complete", **figures})
+    assert sweep(content, "--only", "7-*-fedprompt-seed0") == 0
+    assert "| 7 experts | 12.50 | diverged (11.99) (1 of 2 seeds) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(RuntimeError("no space on the GPU"), 1, "failed, see"), (KeyboardInterrupt(), 130, "interrupted")],
+)
+def test_failure_while_pruning_is_the_runs_own(sweep, content, tmp_path, monkeypatch, capsys, error, code, said):
+    def fail(values, say):
+        raise error
+
+    monkeypatch.setattr(sweep_command, "prune_if_missing", fail)
+    assert sweep(content, "--only", "7-*-fedprompt-*") == code
+    printed = capsys.readouterr().out
+    assert f"7-experts-fedprompt-seed0: {said}" in printed
+    assert ("7-experts-fedprompt-seed1: failed" in printed) == (code == 1)  # the others go on
+    if code == 1:
+        assert "no space on the GPU" in (tmp_path / "out" / "7-experts-fedprompt-seed0.log").read_text()
 
 
 def test_missing_pruned_model_is_made_first(sweep, content, monkeypatch):
@@ -168,6 +222,14 @@ def test_missing_pruned_model_is_made_first(sweep, content, monkeypatch):
         ({"methods": {"a": {"training": "remote"}}}, "`training` = 'remote'"),
         ({"rows": {"a b": {}, "a-b": {}}}, "of the same name but for signs"),
         ({"paper": {"no row": {"FedPrompt": 1.0}}}, "figures of the paper's for 'no row'"),
+        ({"seeds": 3}, "`seeds` = 3; it must be a list of whole numbers"),
+        ({"seeds": []}, "`seeds` = []; it must be a list of whole numbers"),
+        ({"rows": ["a"]}, "`rows` = ['a']; it must be a table of at least one row"),
+        ({"rows": {"a": 3}}, "`rows` = {'a': 3}; it must be a table of at least one row"),
+        ({"methods": {}}, "`methods` = {}; it must be a table of at least one method"),
+        ({"paper": {"7 experts": 3.0}}, "`paper` = {'7 experts': 3.0}; it must be a table of rows"),
+        ({"app": 3}, "`app` = 3; it must be the name of an app"),
+        ({"values": 3}, "`values` = 3; it must be a table"),
     ],
 )
 def test_bad_sweep_is_refused_in_one_sentence_before_anything_runs(sweep, content, capsys, change, complaint):
@@ -185,6 +247,14 @@ def test_bad_sweep_is_refused_in_one_sentence_before_anything_runs(sweep, conten
 def test_tables_that_come_with_the_package_are_valid(path, tmp_path):
     sweep = read_sweep(path, tmp_path)
     assert len(sweep.runs) == len(sweep.rows) * len(sweep.methods) * len({run.seed for run in sweep.runs})
+
+
+def test_table_at_the_papers_size_has_its_number_of_client_steps(tmp_path):
+    (path,) = [path for path in TABLES if path.stem == "paper_dolly_federated"]
+    for run in read_sweep(path, tmp_path).runs:
+        values = run.values
+        assert values["clients-per-round"] * values["local-steps"] * values["num-server-rounds"] == 50_000
+        assert (values["num-clients"], values["lr"], values["batch-size"]) == (100, 0.001, 1)
 
 
 def test_unreadable_file_is_refused(tmp_path):
@@ -206,11 +276,14 @@ def test_kind_of_training_that_changed_is_refused(sweep, content, capsys):
     assert "is a central run, the sweep says federated" in capsys.readouterr().err
 
 
-def test_table_says_where_the_data_are_the_sample_or_differ(sweep, content, tmp_path, capsys):
+def test_table_says_where_the_data_are_the_sample_or_differ(sweep, content, tmp_path, capsys, monkeypatch):
     content["seeds"], content["rows"] = [0], {"7 experts": {}}
     assert sweep(content, "--only", "7-experts-fedprompt-seed0") == 0
     assert "on the bundled sample" in capsys.readouterr().out
     lines = sample_path().read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(lines[::-1]), encoding="utf-8")
-    assert sweep(content, "--data", str(tmp_path / "rows.jsonl")) == 0
+    assert sweep(content, "--data", str(tmp_path / "rows.jsonl")) == 2
+    assert "was made on other rows" in capsys.readouterr().err
+    monkeypatch.setenv("MOPS_DOLLY", str(tmp_path / "rows.jsonl"))
+    assert sweep(content) == 0
     assert "Not a fair comparison: the runs of 7 experts are on different data." in capsys.readouterr().out

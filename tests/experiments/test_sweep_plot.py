@@ -19,6 +19,14 @@ def test_measurement_that_a_seed_lacks_is_left_out(make_run):
     assert [point.client_steps for point in mean_curve(runs)[0]] == [0, 100, 200, 300, 400]
 
 
+def test_seeds_are_matched_by_round_where_their_client_steps_differ(make_run):
+    runs = [make_run("a", after=20.0), make_run("b", after=30.0, seed=2)]
+    lines = (runs[1].path / "metrics.jsonl").read_text().replace('"client-steps": 400', '"client-steps": 390')
+    (runs[1].path / "metrics.jsonl").write_text(lines)
+    points, _ = mean_curve(runs)
+    assert points[-1] == (20, 395, pytest.approx(25.0))
+
+
 def test_several_methods_have_a_panel_a_row_and_one_method_has_one_panel(make_run, tmp_path):
     mops, fedprompt = [make_run("a"), make_run("b", seed=2)], [make_run("c", method="fedprompt")]
     by_row = {("dense", "MoPs"): mops, ("dense", "FedPrompt"): fedprompt, ("75 %", "MoPs"): mops, ("2:4", "MoPs"): mops}

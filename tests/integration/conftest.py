@@ -1,5 +1,6 @@
 """Fixtures of the tests that start processes: their environment, the command, and what must not be left behind."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,7 +11,27 @@ import psutil
 import pytest
 import tomli_w
 
+import experiments
+from mops_fl.errors import InputError
+from mops_fl.fetch import DEFAULT_BACKBONE
+from mops_fl.sources import resolve_backbone
+
 BIN = Path(sys.executable).parent
+CACHE = os.environ.get("MOPS_CACHE")  # before a test hides it
+FAULTY_CLIENT = """
+import os, signal
+from clients import client_app
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+app.query()(client_app.describe)
+
+@app.train()
+def train(message, context):
+    if {condition}:
+        {fault}
+    return client_app.train(message, context)
+"""
 
 
 @pytest.fixture
@@ -46,7 +67,8 @@ def started(environment):
         process.kill()
     left = survivors(environment)
     for process in left:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     assert not left, f"left running: {[process.info['cmdline'] for process in left]}"
 
 
@@ -63,6 +85,37 @@ def simulate(started, run_config, tmp_path):
         return started(BIN / "flower-simulation", "--app", app, *configured, *arguments)
 
     return start
+
+
+@pytest.fixture
+def faulty_app(tmp_path):
+    """``faulty_app(condition, fault)``: a Flower app whose clients do `fault` when `condition` holds."""
+
+    def make(condition, fault):
+        (tmp_path / "faulty_client.py").write_text(FAULTY_CLIENT.format(condition=condition, fault=fault))
+        folder = tmp_path / "faulty"
+        folder.mkdir()
+        dolly = Path(experiments.__file__).parent / "dolly"
+        app = (dolly / "pyproject.toml").read_text(encoding="utf-8")
+        (folder / "pyproject.toml").write_text(app.replace("clients.client_app:app", "faulty_client:app"))
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def real_model(monkeypatch):
+    """The default model that `mops-fl fetch` brought, on all cores; under MOPS_REQUIRE_MODEL a test fails without."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MOPS_CACHE")
+    if CACHE:
+        monkeypatch.setenv("MOPS_CACHE", CACHE)
+    try:
+        resolve_backbone(DEFAULT_BACKBONE)
+    except InputError as error:
+        if os.environ.get("MOPS_REQUIRE_MODEL"):
+            raise
+        pytest.skip(str(error))
 
 
 def survivors(environment, patience_seconds=10.0):

@@ -6,21 +6,13 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from mops_fl.errors import InputError
-from mops_fl.sources import resolve_backbone
-
 NOTEBOOK = Path(__file__).parents[2] / "docs/notebooks/federated_mops.ipynb"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_notebook_runs_top_to_bottom(monkeypatch, tmp_path):
-    for variable in ("MOPS_CACHE", "OMP_NUM_THREADS"):
-        monkeypatch.delenv(variable, raising=False)
-    try:
-        resolve_backbone("HuggingFaceTB/SmolLM2-135M-Instruct")
-    except InputError as error:
-        pytest.skip(str(error))
+@pytest.mark.usefixtures("real_model")
+def test_notebook_runs_top_to_bottom(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=500, resources={"metadata": {"path": tmp_path}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]

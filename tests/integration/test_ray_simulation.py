@@ -3,46 +3,12 @@
 import json
 import signal
 import time
-from pathlib import Path
 
-import psutil
 import pytest
 
-import experiments
 from mops_fl.adapter_folder import load_adapter
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-DOLLY = Path(experiments.__file__).parent / "dolly"
-FAULTY_CLIENT = """
-import os, signal
-from clients import client_app
-from flwr.clientapp import ClientApp
-
-app = ClientApp()
-app.query()(client_app.describe)
-
-@app.train()
-def train(message, context):
-    if {condition}:
-        {fault}
-    return client_app.train(message, context)
-"""
-
-
-@pytest.fixture
-def faulty_app(tmp_path):
-    """``faulty_app(condition, fault)``: a Flower app whose clients do `fault` when `condition` holds."""
-
-    def make(condition, fault):
-        (tmp_path / "faulty_client.py").write_text(FAULTY_CLIENT.format(condition=condition, fault=fault))
-        folder = tmp_path / "faulty"
-        folder.mkdir()
-        app = (DOLLY / "pyproject.toml").read_text(encoding="utf-8")
-        (folder / "pyproject.toml").write_text(app.replace("clients.client_app:app", "faulty_client:app"))
-        return str(folder)
-
-    return make
 
 
 def summary_of(folder):
@@ -67,7 +33,7 @@ def test_ray_and_inline_end_with_the_same_adapter_to_the_bit(simulate, tmp_path)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_in_seconds_and_it_can_be_resumed(simulate, tmp_path, number, code):
+def test_a_signal_ends_the_run_in_seconds_and_leaves_a_valid_folder(simulate, tmp_path, number, code):
     process = simulate(num_server_rounds=500)
     for line in process.stdout:
         if line.startswith("round 3/"):  # the checkpoint of round 2 is written
@@ -102,41 +68,9 @@ def test_a_round_without_any_usable_reply_ends_the_run_with_code_1(simulate, fau
     assert summary_of(tmp_path / "run")["status"] == "failed"
 
 
-def test_a_killed_client_process_is_started_again_and_no_reply_is_lost(simulate, faulty_app, tmp_path):
-    marker = tmp_path / "killed"
-    fault = f"open({str(marker)!r}, 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"
-    process = simulate(app=faulty_app(f"not os.path.exists({str(marker)!r})", fault), num_server_rounds=5)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert marker.exists()
-    assert summary_of(tmp_path / "run")["failures"] == 0
-
-
-def test_a_killed_trainer_is_started_again_with_the_same_result(simulate, tmp_path, environment):
-    adapters = []
-    for name, kill in (("undisturbed", False), ("killed", True)):
-        process = simulate(output_dir=str(tmp_path / name), num_server_rounds=6)
-        for line in process.stdout:
-            if kill and line.startswith("round 2/"):
-                trainers = [
-                    p for p in psutil.process_iter(["cmdline"]) if "_TrainerActor" in "".join(p.info["cmdline"] or ())
-                ]
-                ours = [p for p in trainers if p.environ().get("FLWR_HOME") == environment["FLWR_HOME"]]
-                ours[0].kill()
-        process.communicate()
-        assert process.returncode == 0
-        adapters.append(load_adapter(tmp_path / name / "adapter").arrays)
-    undisturbed, killed = adapters
-    assert all((undisturbed[name] == killed[name]).all() for name in undisturbed)
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [({"inject_layer": 99}, "layers 0 to 3"), ({"num_clients": 400, "clients_per_round": 399}, "clients have rows")],
-)
-def test_bad_input_found_on_ray_ends_with_one_sentence_and_code_2(simulate, change, complaint):
-    process = simulate(**change)
+def test_bad_input_found_on_ray_ends_with_one_sentence_and_code_2(simulate):
+    process = simulate(inject_layer=99)
     _, errors = process.communicate()
     assert process.returncode == 2, errors
-    assert complaint in errors
+    assert "layers 0 to 3" in errors
     assert errors.count("\n") == 1, errors

@@ -1,8 +1,7 @@
 """A SuperNode that dies in a round and comes back: a real SuperLink, our strategy, an app without a model."""
 
+import contextlib
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -77,6 +76,16 @@ def train(message, context):
     adapter = {name: array + 1 for name, array in from_record(message.content["arrays"]).items()}
     return Message(encode_result(TrainResult(adapter, 10, 1, 5, 1.0, 0.1, ())), reply_to=message)
 """
+# SuperNodes that are missed after 20 seconds; the SuperLink takes no interval below 10.
+SUPERNODE = """
+import sys
+from flwr.client.grpc_rere_client import connection
+from flwr.supercore import heartbeat
+from flwr.supernode.cli import flower_supernode
+connection.HEARTBEAT_DEFAULT_INTERVAL = heartbeat.HEARTBEAT_DEFAULT_INTERVAL = 10
+sys.argv[0] = "flower-supernode"
+flower_supernode()
+"""
 
 
 def free_port():
@@ -100,8 +109,8 @@ def federation(environment, tmp_path):
 
     def start_node(client):
         start(
-            f"node-{client}", BIN / "flower-supernode", "--insecure", "--grpc-rere", "--superlink",
-            f"127.0.0.1:{fleet}", "--port", free_port(), "--node-config", f"partition-id={client}",
+            f"node-{client}", sys.executable, "-c", SUPERNODE, "--insecure", "--grpc-rere",
+            "--superlink", f"127.0.0.1:{fleet}", "--port", free_port(), "--node-config", f"partition-id={client}",
         )  # fmt: skip
 
     start(
@@ -121,14 +130,11 @@ def federation(environment, tmp_path):
 
 
 def kill_with_children(process):
-    family = (
-        [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        if (process.poll() is None)
-        else []
-    )
-    for member in family:
-        if member.is_running():
-            os.kill(member.pid, signal.SIGKILL)
+    if process.poll() is None:
+        parent = psutil.Process(process.pid)
+        for member in [parent, *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
     process.wait()
 
 

@@ -59,6 +59,8 @@ def test_experts_are_named_by_their_tasks_or_numbers(saved, adapter_config):
     assert saved.description.expert_names == ("closed_qa", "open_qa", "expert 2")
     changed = AdapterDescription(**{**vars(saved.description), "experts": ()})
     assert changed.expert_names == ("expert 0", "expert 1", "expert 2")
+    shared = AdapterDescription(**{**vars(saved.description), "experts": (("open_qa",), ("closed_qa",), ("open_qa",))})
+    assert shared.expert_names == ("open_qa 0", "closed_qa", "open_qa 2")
     no_gate = AdapterDescription(**{**vars(saved.description), "adapter": adapter_config(method="fedprompt")})
     assert no_gate.expert_names == ()
 

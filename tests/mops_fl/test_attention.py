@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mops_fl.attention import _fused_attention, _matmul_attention, packed_attention
+from mops_fl.attention import _causal_bias, _fused_attention, _matmul_attention, packed_attention
 
 SCALING = 0.3
 LENGTHS = [[7], [1], [5, 1, 9], [4, 4, 4]]
@@ -123,3 +123,7 @@ def test_gradient_reaches_the_gate_through_the_values():
     reference = torch.ones(6, requires_grad=True)
     written_out(*qkv, [6], gate=reference).square().sum().backward()
     torch.testing.assert_close(gate.grad, reference.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_masks_that_are_kept_stay_within_150_mebibytes_for_rows_of_1024_tokens():
+    assert _causal_bias.cache_info().maxsize * (1024 + 70) ** 2 * torch.bfloat16.itemsize < 150 << 20

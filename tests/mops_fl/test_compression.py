@@ -3,13 +3,24 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from clients.local_training import ClientRows, train_cohort
+from clients.trainer import Trainer
 from mops_fl import compressed, compression
 from mops_fl.adapter import initial_state
 from mops_fl.backbone import Backbone
-from mops_fl.compressed import COMPRESSION_RECEIPT, compressed_path, fingerprint, resolve_model
+from mops_fl.compressed import (
+    COMPRESSION_RECEIPT,
+    SeveralPrunedError,
+    compressed_path,
+    fingerprint,
+    prefer_calibrated_on,
+    prefer_with_weights,
+    resolve_model,
+    weights_sha256,
+)
 from mops_fl.compression import Calibration, compress, compression_key, inspect_weights, split_server_rows
 from mops_fl.config import AdapterConfig, BackboneConfig, DataConfig, TrainConfig, read_section
 from mops_fl.data import load_task_data
@@ -151,7 +162,50 @@ def test_pruning_sees_exactly_the_calibration_rows(tiny_model_folder, run_config
     rows = split_server_rows(data, 7)[0]
     expected = [RowEncoder(tokenizer, config, data.tasks).encode(row).token_ids.tolist() for row in rows]
     assert [ids.tolist() for ids in seen[0]] == expected
-    assert receipt_of(folder)["calibration"]["row-ids"] == [row.row_id for row in rows]
+    calibration = receipt_of(folder)["calibration"]
+    assert calibration["rows-sha256"] == [row.sha256 for row in rows]
+    assert (calibration["dataset"], calibration["data-sha256"]) == ("dolly", data.sha256)
+
+
+def test_model_that_was_calibrated_on_test_rows_is_refused(tiny_model_folder, run_config, cache, monkeypatch):
+    monkeypatch.setattr(compression, "prune", lambda *_: ({}, []))
+    folder = press(tiny_model_folder, run_config, "wanda:75%", Calibration(num_rows=30, max_length=48))
+    wanted = {"backbone": str(folder), "compression": "wanda:75%"}
+    Trainer(run_config(wanted)).setting()
+    with pytest.raises(InputError, match=r"pruned by wanda:75%@\w+ was calibrated on \d+ of the rows .* measured on"):
+        Trainer(run_config({**wanted, "data-seed": 1})).setting()
+    receipt = receipt_of(folder)
+    del receipt["calibration"]["rows-sha256"]
+    (folder / COMPRESSION_RECEIPT).write_text(json.dumps(receipt))
+    Trainer(run_config({**wanted, "data-seed": 1})).setting()
+
+
+def test_of_several_calibrations_the_one_on_the_runs_own_data_is_taken(
+    tiny_model_folder, run_config, cache, monkeypatch
+):
+    monkeypatch.setattr(compression, "prune", lambda *_: ({}, []))
+    config = config_of(tiny_model_folder, "wanda:75%")
+    data = [load_task_data(read_section(DataConfig, run_config({"data-seed": seed}))) for seed in range(3)]
+    made = [press(tiny_model_folder, run_config, "wanda:75%", **{"data-seed": seed}) for seed in range(2)]
+    assert [resolve_model(prefer_calibrated_on(own, config)) for own in data[:2]] == made
+    with pytest.raises(SeveralPrunedError, match="pruned by wanda:75% more than once"):
+        resolve_model(prefer_calibrated_on(data[2], config))
+    shutil.rmtree(made[1])
+    assert resolve_model(prefer_calibrated_on(data[1], config)) == made[0]
+
+
+def test_of_several_models_of_a_recipe_an_adapter_finds_the_one_with_its_weights(
+    tiny_model_folder, run_config, cache, monkeypatch
+):
+    config = config_of(tiny_model_folder, "wanda:75%")
+    monkeypatch.setattr(compression, "prune", lambda *_: ({}, []))
+    made = [press(tiny_model_folder, run_config, "wanda:75%", **{"data-seed": seed}) for seed in range(2)]
+    weights = load_file(made[1] / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + 1}, made[1] / "model.safetensors")
+    for folder in made:
+        assert resolve_model(prefer_with_weights(weights_sha256(folder), config)) == folder
+    with pytest.raises(SeveralPrunedError):
+        resolve_model(prefer_with_weights("of another model", config))
 
 
 @pytest.mark.parametrize("num_rows", [0, 35, 100])

@@ -3,7 +3,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from mops_fl.backbone import Backbone
-from mops_fl.config import BackboneConfig, PretrainConfig
+from mops_fl.compressed import backbone_sha256, weights_sha256
+from mops_fl.config import OWN_EMBEDDING, BackboneConfig, PretrainConfig
 from mops_fl.embedder import TextEmbedder
 from mops_fl.errors import InputError
 from mops_fl.model import PromptedModel
@@ -50,7 +51,7 @@ def test_gate_sees_the_question_alone_as_the_other_model_does(
     rows = [make_row(i, task=i % 3) for i in range(6)]
     config = adapter_config(routing=routing)
     pretraining = PretrainConfig(True, 1, 0.01, 2, 0.01)
-    start = pretrain(backbone, rows, config, pretraining, torch.Generator().manual_seed(0))
+    start = pretrain(backbone, rows, 3, config, pretraining, torch.Generator().manual_seed(0))
     model = PromptedModel(backbone, config, start.input_prompts, StateCache(0), start.neighbours)
     question = backbone.tokenizer.decode(rows[0].token_ids[:8], skip_special_tokens=True)
     pooled = model.row_states(rows[:1])[0].pooled
@@ -60,6 +61,7 @@ def test_gate_sees_the_question_alone_as_the_other_model_does(
     kept = torch.arange(10) >= torch.tensor([[2], [0]])
     in_generation = model.gate_scores(model.adapter([start.adapter]), padded, kept)
     torch.testing.assert_close(in_generation[:1], scores, rtol=0, atol=1e-6)
+    assert (start.gate_accuracy is None) == (routing == "nearest")
     if routing == "nearest":
         assert scores.tolist() == [[1, 0, 0]]  # row 0 is among the server's rows, and so its own nearest
     else:
@@ -70,6 +72,19 @@ def test_gate_sees_the_question_alone_as_the_other_model_does(
 
 def test_a_decoder_can_be_the_embedder_too(tiny_model_folder):
     assert backbone_with(tiny_model_folder, tiny_model_folder).gate_input_size == 32
+
+
+def test_hash_of_the_frozen_weights_covers_the_second_network(bert_folder, tiny_model_folder, tmp_path):
+    other = BertModel.from_pretrained(bert_folder)
+    with torch.no_grad():
+        other.embeddings.LayerNorm.bias[0] += 1e-6
+    other.save_pretrained(tmp_path)
+    alone, first, second = (
+        backbone_sha256(BackboneConfig(str(tiny_model_folder), "none", "none", "float32", str(embedding)))
+        for embedding in (OWN_EMBEDDING, bert_folder, tmp_path)
+    )
+    assert alone == weights_sha256(tiny_model_folder)
+    assert len({alone, first, second}) == 3
 
 
 def test_a_model_that_cannot_be_read_is_refused(tiny_model_folder, tmp_path):

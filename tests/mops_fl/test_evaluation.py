@@ -39,6 +39,10 @@ def test_perplexity_is_exp_of_summed_loss_over_counted_tokens():
     }
 
 
+def test_perplexity_that_no_float_holds_is_infinite():
+    assert Evaluation(("a", "b"), (800.0, 2.0), (1, 2), None).perplexity()["a"] == math.inf
+
+
 def test_sums_and_counts_are_those_of_the_rows_one_by_one(model, adapter, rows):
     evaluation = evaluate(model, adapter, rows, TASKS)
     losses = [model.losses(adapter, [row]).loss_sum.item() for row in rows]

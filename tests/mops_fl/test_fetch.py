@@ -362,7 +362,7 @@ def test_the_argument_goes_before_the_environment_before_the_cache_before_the_sa
     monkeypatch.setenv("MOPS_DOLLY", str(named))
     assert sources.resolve_dolly("").path == named
     chosen = sources.resolve_dolly(str(argument))
-    assert (chosen.path, chosen.hub_id, chosen.revision, chosen.is_sample) == (argument, None, None, False)
+    assert (chosen.path, chosen.revision, chosen.is_sample) == (argument, None, False)
 
 
 def test_named_files_must_exist_and_be_jsonl(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def pooled():
 def test_new_expert_starts_as_the_one_its_rows_went_to(state, pooled):
     _, new = pooled
     favourite = int(Gate([state])(new).softmax(-1).mean(0).argmax())
-    grown = add_expert(state, new, prompts_per_expert=2)
+    grown = add_expert(state, new, prompts_per_expert=2, temperature=1)
     assert grown["prompts"].shape == (8, 32)
     assert torch.equal(grown["prompts"][6:], state["prompts"][2 * favourite : 2 * favourite + 2])
     assert torch.equal(grown["prompts"][:6], state["prompts"])
@@ -39,8 +39,8 @@ def test_new_expert_starts_as_the_one_its_rows_went_to(state, pooled):
 def test_gate_gives_the_new_expert_its_own_rows_and_no_others(state, pooled):
     old, new = pooled
     is_new = torch.arange(28) >= 20
-    grown = add_expert(state, new, prompts_per_expert=2)
-    fitted = fit_gate_row(grown, torch.cat(pooled), is_new)
+    grown = add_expert(state, new, prompts_per_expert=2, temperature=1)
+    fitted = fit_gate_row(grown, torch.cat(pooled), is_new, 1)
     scores = Gate([fitted])(torch.cat(pooled)).softmax(-1)
     assert (scores[20:, 3] > 0.5).all()
     assert (scores[:20, 3] < 0.5).all()
@@ -54,11 +54,35 @@ def test_gate_gives_the_new_expert_its_own_rows_and_no_others(state, pooled):
 
 def test_a_gate_that_is_certain_of_an_old_expert_is_still_won_over(state, pooled):
     certain = {**state, "gate.b2": torch.tensor([500.0, 0.0, 0.0])}
-    grown = add_expert(certain, pooled[1], prompts_per_expert=2)
-    fitted = fit_gate_row(grown, torch.cat(pooled), torch.arange(28) >= 20)
+    grown = add_expert(certain, pooled[1], prompts_per_expert=2, temperature=1)
+    fitted = fit_gate_row(grown, torch.cat(pooled), torch.arange(28) >= 20, 1)
     scores = Gate([fitted])(torch.cat(pooled)).softmax(-1)
     assert (scores[20:, 3] > 0.5).all()
     assert (scores[:20, 3] < 0.5).all()
+
+
+@pytest.fixture
+def multiplied(state):
+    """``multiplied(4)``: the adapter whose gate has so many times the logits."""
+    return lambda factor: {**state, **{name: factor * state[name] for name in ("gate.w2", "gate.b2")}}
+
+
+def test_new_expert_starts_as_the_one_its_rows_go_to_at_the_gates_temperature(state, multiplied):
+    new = torch.randn(8, 32, generator=seeded(3))  # few rows are certain, more are not: the favourite depends on it
+    favourites = [int((factor * Gate([state])(new)).softmax(-1).mean(0).argmax()) for factor in (1, 20)]
+    assert favourites == [0, 2]
+    grown = add_expert(multiplied(20), new, prompts_per_expert=2, temperature=20)
+    assert torch.equal(grown["prompts"][6:], state["prompts"][:2])
+
+
+def test_fit_is_the_same_at_any_temperature(state, multiplied, pooled):
+    is_new = torch.arange(28) >= 20
+    fitted, hot = (
+        fit_gate_row(add_expert(of, pooled[1], 2, temperature), torch.cat(pooled), is_new, temperature)
+        for of, temperature in ((state, 1), (multiplied(4), 4))
+    )
+    scores = Gate([fitted])(torch.cat(pooled)).softmax(-1)
+    torch.testing.assert_close((Gate([hot])(torch.cat(pooled)) / 4).softmax(-1), scores)
 
 
 def test_training_moves_every_prompt_of_the_last_expert_and_nothing_else(
@@ -68,7 +92,7 @@ def test_training_moves_every_prompt_of_the_last_expert_and_nothing_else(
     model = PromptedModel(tiny_backbone, config, torch.randn(6, 32, generator=seeded(5)), StateCache(0))
     rows = [make_row(i) for i in range(3)]
     own = torch.stack([states.pooled for states in model.row_states(rows)])
-    grown = fit_gate_row(add_expert(state, own, 2), torch.cat([pooled[0], own]), torch.arange(23) >= 20)
+    grown = fit_gate_row(add_expert(state, own, 2, 1), torch.cat([pooled[0], own]), torch.arange(23) >= 20, 1)
     trained = train_last_expert(model, grown, rows, 2, num_steps=20, lr=0.05, generator=seeded())
     assert (trained["prompts"][6:] != grown["prompts"][6:]).any(1).all()
     assert torch.equal(trained["prompts"][:6], grown["prompts"][:6])

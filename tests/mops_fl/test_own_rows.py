@@ -91,6 +91,16 @@ def test_rows_of_held_out_tasks_train_nobody(tmp_path, data_config):
     assert counts(load_own_rows(config, lacking).train) == {"closed_qa": 2}
 
 
+def test_task_is_held_out_even_where_there_are_no_rows_of_it(tmp_path, data_config):
+    path = dolly_file(tmp_path / "rows.jsonl", dict.fromkeys(TASKS, 10))
+    config = data_config(data_path=path, held_out_tasks="open_qa", num_rows=70, test_fraction=0.5, server_rows=0)
+    data = load_server_rows(config, with_test=True)
+    assert (data.server, data.held_out) == ((), ())
+    assert data.trained_tasks == tuple(task for task in TASKS if task != "open_qa")
+    lacking = dolly_file(tmp_path / "lacking.jsonl", {"closed_qa": 2})
+    assert load_own_rows(config, lacking).trained_tasks == data.trained_tasks
+
+
 def test_own_folder_of_task_files_may_lack_tasks_that_are_named(tmp_path, data_config):
     path = task_files(tmp_path / "own", {"task1_add": 3, "task2_long": 2, "task3_other": 4})
     config = data_config(dataset="super-ni", tasks="task1, task9_missing, *_long")

@@ -34,6 +34,7 @@ RESULT = TrainResult(
     adapter=ADAPTER, num_examples=5, num_steps=2, num_tokens=40, loss_sum=81.25, seconds=0.5, gate_mass=(1.25, 0.75)
 )
 
+INFO = {"partition-id": 1, "num-examples": 3, "trainer": "a", "backbone-sha256": "c0ffee"}
 LIMITS = ReplyLimits(num_steps=2, rows_per_step=1, tokens_per_row=20)
 
 
@@ -177,15 +178,19 @@ def test_bytes_that_are_not_the_array_are_refused(data, complaint):
 @pytest.mark.parametrize(
     "config",
     [
-        {},
-        {"partition-id": 1, "num-examples": 3},
-        {"partition-id": 1, "num-examples": -3, "trainer": "a"},
-        {"partition-id": 1.0, "num-examples": 3, "trainer": "a"},
+        *({key: value for key, value in INFO.items() if key != missing} for missing in INFO),
+        {**INFO, "num-examples": -3},
+        {**INFO, "partition-id": 1.0},
+        {**INFO, "trainer": 7},
     ],
 )
 def test_answer_that_does_not_say_who_a_node_is_is_refused(config):
     with pytest.raises(InputError, match="not who it is"):
         decode_info(RecordDict({"config": ConfigRecord(config)}))
+
+
+def test_answer_that_says_who_a_node_is_is_taken():
+    assert decode_info(RecordDict({"config": ConfigRecord(INFO)})) == ClientInfo(1, 3, "a", "c0ffee")
 
 
 @pytest.mark.parametrize("name", ["num-examples", "num-steps", "num-tokens", "loss-sum", "seconds", "gate-mass"])

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mops_fl.adapter import PromptAdapter
+from mops_fl.errors import InputError
 from mops_fl.model import PromptedModel
-from mops_fl.routing import EXPERTS, KEYS, Neighbours
+from mops_fl.routing import EXPERTS, KEYS, Neighbours, check_num_experts
 from mops_fl.state_cache import StateCache
 
 # Four rows of the server in the plane: two of expert 0 along x, one of expert 1 along y, one of expert 2 along -x.
@@ -26,11 +27,6 @@ def test_a_row_goes_to_the_expert_of_the_nearest_direction_however_long(neighbou
 def test_similarity_is_the_cosine(neighbours):
     expected = [1 / math.sqrt(2), 1.2 / math.sqrt(2 * 1.04), 1 / math.sqrt(2), -1 / math.sqrt(2)]
     torch.testing.assert_close(neighbours.similarity(torch.tensor([[3.0, 3.0]]))[0], torch.tensor(expected))
-
-
-def test_accuracy_leaves_each_row_itself_out(neighbours):
-    # The two rows of expert 0 find each other; the nearest other row of expert 1's and of expert 2's is not theirs.
-    assert neighbours.accuracy() == 0.5
 
 
 def test_what_travels_makes_the_same_neighbours_again(neighbours):
@@ -73,3 +69,11 @@ def test_temperature_divides_the_logits(tiny_backbone, adapter_config, make_stat
     plain, warm = (model.scores(PromptAdapter([state]), pooled) for model in models)
     torch.testing.assert_close(warm, plain.log().div(4.0).softmax(-1))
     assert (warm.max(1).values < plain.max(1).values).all()
+
+
+def test_experts_that_no_row_would_reach_are_refused(adapter_config):
+    check_num_experts(adapter_config(routing="nearest", num_experts=3), num_tasks=3)
+    check_num_experts(adapter_config(num_experts=4), num_tasks=3)
+    check_num_experts(adapter_config(method="fedprompt", routing="nearest", num_experts=4), num_tasks=3)
+    with pytest.raises(InputError, match=r"`num-experts` is 4, .* never be used; set it to at most 3"):
+        check_num_experts(adapter_config(routing="nearest", num_experts=4), num_tasks=3)

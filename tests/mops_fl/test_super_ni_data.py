@@ -164,11 +164,11 @@ def test_folder_comes_from_data_path_before_the_variable_before_the_cache(folder
         sources.resolve_super_ni("")
     (cached / sources.RECEIPT).write_text("{}")
     found = sources.resolve_super_ni("")
-    assert (found.path, found.hub_id, found.revision) == (cached, sources.SUPER_NI_ID, sources.SUPER_NI_REVISION)
+    assert (found.path, found.revision) == (cached, sources.SUPER_NI_REVISION)
     monkeypatch.setenv("MOPS_SUPER_NI", str(tmp_path))
     assert sources.resolve_super_ni("").path == tmp_path
     chosen = sources.resolve_super_ni(str(folder))
-    assert (chosen.path, chosen.hub_id, chosen.description) == (folder, None, "task files of mine (data-path)")
+    assert (chosen.path, chosen.revision, chosen.description) == (folder, None, "task files of mine (data-path)")
 
 
 def test_named_folder_must_be_one(folder, monkeypatch):

@@ -154,7 +154,7 @@ def test_metrics_are_summed_name_by_name_and_lists_place_by_place():
         RecordDict({"metrics": MetricRecord({"a": 1, "b": 0.5, "c": [1.0, 2.0], "weight": 9})}),
         RecordDict({"metrics": MetricRecord({"a": 2, "b": 0.25, "c": [0.5, -2.0], "weight": 9})}),
     ]
-    totals = sum_metrics(contents, "weight")
+    totals = sum_metrics(contents)
     assert dict(totals) == {"a": 3, "b": 0.75, "c": [1.5, 0.0]}
     assert type(totals["a"]) is int
 
@@ -178,3 +178,10 @@ def test_server_takes_part_with_its_weight(ask):
         np.testing.assert_allclose(arrays["prompts"].numpy()[0], expected, rtol=1e-6)
         assert totals["num-examples"] == 3 + 4 + 8
     assert told == [(1, {"prompts": [[0.0, 0.0]], "bias": [0.0]})] * 2
+
+
+def test_the_servers_own_training_must_be_finite_too(ask):
+    asked = ask(FedPrompt, START, num_clients=1)
+    asked.strategy._server = lambda *_: result((np.nan, 1.0), num_examples=8)
+    with pytest.raises(RoundError, match=r"Round 1: the server's own training cannot be used. .* not finite"):
+        asked.strategy.aggregate_train(1, [asked.reply(0, result((1.0, 1.0), num_examples=3))])

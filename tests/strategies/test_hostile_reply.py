@@ -19,12 +19,23 @@ def of_numpy(values):
     return Array(values).data
 
 
+def with_header(text):
+    """An array in numpy's format 1.0 whose header is `text`, which numpy reads as a Python literal."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
 @pytest.mark.parametrize(
     ("record", "content"),
     [
         pytest.param("arrays", ConfigRecord({"prompts": 1}), id="config instead of arrays"),
         pytest.param("arrays", array(b"junk"), id="bytes that are no array"),
         pytest.param("arrays", array(b""), id="no bytes"),
+        pytest.param("arrays", array(with_header("{'descr': (")), id="header that is no Python"),
+        pytest.param(
+            "arrays",
+            array(with_header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**70},)}}")),
+            id="shape that is no size",
+        ),
         pytest.param("arrays", array(of_numpy(np.zeros(2, np.float32))), id="shape is not the one declared"),
         pytest.param("arrays", array(of_numpy(np.zeros((1, 2)))), id="dtype is not the one declared"),
         pytest.param(

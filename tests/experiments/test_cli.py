@@ -1,0 +1,42 @@
+"""`mops-fl` without a command that does something: what it says of itself, and of how a command ended."""
+
+import re
+import signal
+
+import pytest
+
+from experiments import generate_command
+from experiments.cli import main
+from mops_fl.errors import InputError, RunError
+
+
+def help_of(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_tells_of_every_command_and_each_command_of_itself(capsys):
+    commands = re.findall(r"^    ([a-z-]+)(?: |$)", help_of(capsys), re.MULTILINE)
+    assert {"train", "sweep", "compare", "deploy-demo"} < set(commands)
+    for command in commands:
+        assert help_of(capsys, command).startswith(f"usage: mops-fl {command}")
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "sentence"),
+    [
+        (InputError("There is no adapter."), 2, "There is no adapter."),
+        (RunError("The disk is full."), 1, "The disk is full."),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(signal.SIGTERM), 143, "interrupted"),
+    ],
+)
+def test_command_that_ends_early_says_so_in_one_sentence(capsys, monkeypatch, ending, code, sentence):
+    def end(_):
+        raise ending
+
+    monkeypatch.setattr(generate_command, "run", end)
+    assert main(["generate", "--adapter", "run", "hello"]) == code
+    assert capsys.readouterr().err == f"mops-fl: {sentence}\n"

@@ -1,0 +1,70 @@
+"""`mops-fl evaluate`: what it refuses before the answers are made, and that nothing of them is lost afterwards."""
+
+import json
+
+import pytest
+
+from experiments import evaluate_command
+from experiments.cli import main
+
+
+@pytest.fixture
+def evaluate(make_usable_run, tmp_path):
+    """``evaluate({"task": rows, ...}, "--no-generation")``: the exit code, on rows of such tasks."""
+
+    run = make_usable_run()
+
+    def call(sizes, *options):
+        lines = [
+            {"instruction": f"Say {task} {i}.", "context": "", "response": "x", "category": task}
+            for task, size in sizes.items()
+            for i in range(size)
+        ]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        return main(["evaluate", "--adapter", str(run.path), "--data", str(tmp_path / "rows.jsonl"), *options])
+
+    return call
+
+
+def test_answers_that_would_leave_the_window_are_refused_before_anything_is_measured(evaluate, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate_command, "answer_rows", lambda *_: pytest.fail("answered"))
+    assert evaluate({"open_qa": 2}, "--max-new-tokens", "600") == 2  # the tiny model has 512 positions
+    assert "shorten it or the answer" in capsys.readouterr().err
+
+
+def test_window_has_room_for_any_answer_that_is_not_made(evaluate):
+    assert evaluate({"open_qa": 2}, "--max-new-tokens", "600", "--no-generation") == 0
+
+
+def test_names_of_tasks_are_shown_as_they_are(evaluate, capsys):
+    assert evaluate({"qa [easy]": 1, "x[/b]": 1}, "--no-generation") == 0
+    table = capsys.readouterr().out
+    assert "qa [easy]" in table
+    assert "x[/b]" in table
+
+
+def test_answers_are_written_before_anything_is_printed(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_command, "_table", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate({"open_qa": 2}, "--max-new-tokens", "1", "--json", str(tmp_path / "out.json"))
+    assert len(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["answers"]) == 2
+
+
+def test_full_disk_costs_the_file_but_not_the_table(evaluate, capsys):
+    assert evaluate({"open_qa": 2}, "--no-generation", "--json", "/dev/full") == 2
+    captured = capsys.readouterr()
+    assert "open qa" in captured.out
+    assert captured.err == "mops-fl: /dev/full cannot be written (No space left on device); choose another file.\n"
+
+
+def test_name_that_stands_for_all_tasks_is_refused(evaluate, capsys):
+    assert evaluate({"open_qa": 2, "all": 1}, "--no-generation") == 2
+    assert "has a task named 'all', which stands for all tasks together; rename it" in capsys.readouterr().err
+    assert evaluate({"open_qa": 2, "all": 1}, "--no-generation", "--tasks", "open_qa") == 0
+
+
+def test_task_file_of_that_name_is_refused(tmp_path):
+    content = {"Definition": ["Say it."], "Instances": [{"input": "Q", "output": ["A"]}]}
+    (tmp_path / "all.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(evaluate_command.InputError, match="has a task named 'all'"):
+        evaluate_command.read_rows(tmp_path / "all.json", "", 0)
