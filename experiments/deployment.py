@@ -184,11 +184,7 @@ class LocalDeployment:
         for process in reversed(self._processes.values()):
             process.terminate()
         for process in self._processes.values():
-            try:
-                process.wait(_END_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            end(process)
         deadline = time.monotonic() + _END_SECONDS
         while left := self._left():
             if time.monotonic() > deadline:
@@ -226,6 +222,15 @@ class LocalDeployment:
             except psutil.Error:
                 continue
         return [process for process in left if process.pid != os.getpid()]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that was asked to end, and kill it if it does not."""
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def free_port() -> int:

@@ -118,7 +118,7 @@ def real_model(monkeypatch):
         pytest.skip(str(error))
 
 
-def survivors(environment, patience_seconds=10.0):
+def survivors(environment, patience_seconds=30.0):
     """Processes with this test's environment that are still there after a while."""
     deadline = time.monotonic() + patience_seconds
     while left := [process for process in psutil.process_iter(["cmdline"]) if _is_ours(process, environment)]:

@@ -3,7 +3,6 @@
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
@@ -70,12 +69,10 @@ def test_ctrl_c_ends_the_demo_with_everything_that_it_started(demo, scratch):
     assert any("test perplexity after round 0" in line for line in process.stdout)  # the rounds begin
     assert left_behind(scratch)
     process.send_signal(signal.SIGINT)
-    began = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "deploy-demo: interrupted; the logs end with" in errors
     assert "superlink: " in errors
-    assert time.monotonic() - began < 40
     assert left_behind(scratch) == []
 
 

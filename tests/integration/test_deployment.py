@@ -21,13 +21,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 import experiments
 from experiments import certificates as certificates_module
 from experiments.certificates import make_node_key, make_server_certificate
-from experiments.deployment import CONNECTION, LocalDeployment
+from experiments.deployment import CONNECTION, LocalDeployment, end
 from mops_fl.adapter_folder import load_adapter
 from mops_fl.data import DOLLY_TASKS
 
 pytestmark = pytest.mark.slow
 
 APPS = Path(experiments.__file__).parent
+PATIENCE_SECONDS = 120.0
 # `flwr run` whose bundle is changed after it was built and signed off by its own list of hashes.
 EDITED_RUN = """
 import importlib, io, sys, zipfile
@@ -75,7 +76,7 @@ def supernode(deployment):
     yield start
     for name, process in processes:
         process.terminate()
-        process.wait(20)
+        end(process)
         del deployment._processes[name]
 
 
@@ -104,8 +105,8 @@ def status_of(deployment, output):
     return run["status"]
 
 
-def wait_for(deployment, name, text, seconds=60):
-    deadline = time.monotonic() + seconds
+def wait_for(deployment, name, text):
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while text not in deployment.log_of(name).read_text(encoding="utf-8"):
         assert time.monotonic() < deadline, deployment.tail(name)
         time.sleep(0.2)
@@ -113,7 +114,7 @@ def wait_for(deployment, name, text, seconds=60):
 
 def wait_until_refused(deployment, name, process):
     """It ends, or fails to connect and tries again; it never gets an id."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while process.poll() is None and "Connection attempt failed" not in deployment.log_of(name).read_text("utf-8"):
         assert time.monotonic() < deadline, deployment.tail(name)
         time.sleep(0.2)
@@ -204,7 +205,7 @@ def test_clients_train_on_their_own_folders_of_task_files(deployment, supernode,
 def test_supernode_whose_key_is_not_registered_is_refused(deployment, supernode):
     make_node_key(deployment.folder / "keys", "stranger")
     process = supernode("stranger")
-    assert process.wait(60) != 0
+    assert process.wait(PATIENCE_SECONDS) != 0
     assert "SuperNode ID" not in deployment.log_of("stranger").read_text(encoding="utf-8")
 
 
@@ -266,7 +267,7 @@ def test_superlink_with_an_expired_certificate_is_not_spoken_to(
     deployment.register("prompt")
     address, calls = fleet_server(tmp_path / "valid")
     supernode("prompt", superlink=address)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not calls.methods:
         assert time.monotonic() < deadline, deployment.tail("prompt")
         time.sleep(0.2)

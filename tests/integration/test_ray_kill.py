@@ -104,8 +104,8 @@ def test_trainer_that_always_dies_ends_the_run_with_one_sentence(simulate, envir
     wait_for_round(process, 1)
     command = psutil.Process(process.pid)
     while process.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):  # whoever ended while this looked at it
-            for victim in command.children(recursive=True):
+        for victim in command.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended while this looked at it
                 if "_TrainerActor" in "".join(victim.cmdline()):
                     victim.kill()
         time.sleep(0.02)  # less than a trainer needs to get anything done
