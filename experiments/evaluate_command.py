@@ -16,8 +16,9 @@ from rich.table import Table
 
 from experiments.adapter_options import adapter_options, load_model, require_room, room_for_question
 from experiments.drawing import readable
+from experiments.durable import writing
 from experiments.report import NOTHING, perplexity_text
-from experiments.run_folder import ALL_TASKS, CONFIG, RunFolder
+from experiments.run_folder import ALL_TASKS, CONFIG, RunFolder, only_finite
 from mops_fl.config import DataConfig, require_at_least
 from mops_fl.errors import InputError
 from partitioning import OWN_ROWS
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from mops_fl.evaluation import Evaluation
     from mops_fl.mops_model import MopsModel
     from mops_fl.text_metrics import TextScores
+
+_ADVICE = "choose another file"
 
 
 class EvaluatedRows(NamedTuple):
@@ -83,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("Only a run's folder knows its test rows; give rows with --data.")
     given = read_rows(args.data, args.tasks, args.rows) if args.data else None
     if args.json:
-        _require_writable(args.json)  # now rather than after an hour
+        with writing(args.json, _ADVICE, InputError):  # now rather than after an hour
+            args.json.open("a").close()
     model = load_model(args)
     data = given or run_rows(Path(args.adapter).expanduser(), model.description.data, args.tasks, args.rows)
     from mops_fl.encoding import RowEncoder
@@ -101,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     try:
         if args.json:
-            _write(args.json, _to_json(args, evaluation, scores, data, answers))
+            content = only_finite(_to_json(args, evaluation, scores, data, answers))
+            with writing(args.json, _ADVICE, InputError):
+                args.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     finally:  # a full disk costs the file, but not the table
         console.print(f"{len(encoded)} rows, {truncated} truncated: {data.description}", markup=False, soft_wrap=True)
         console.print(_table(evaluation, scores, data))
@@ -280,17 +286,3 @@ def _to_json(
 
 def _count(task: str, data: EvaluatedRows) -> int:
     return sum(task in (row.task, ALL_TASKS) for row in data.rows)
-
-
-def _require_writable(path: Path) -> None:
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another file.") from error
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another file.") from error

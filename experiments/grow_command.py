@@ -16,7 +16,7 @@ from experiments.drawing import readable
 from experiments.durable import writing
 from experiments.evaluate_command import run_data
 from experiments.report import percent_text, perplexity_text
-from experiments.run_folder import ALL_TASKS, RunFolder, require_empty
+from experiments.run_folder import ALL_TASKS, RunFolder, only_finite, require_empty
 from mops_fl.config import DataConfig, read_section, require_at_least, require_positive
 from mops_fl.errors import InputError
 
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     grown, growth = _grow(folder, data, task, args)
     with writing(output, "choose another --output", InputError):
         grown.save_pretrained(output)
-        (output / GROWTH).write_text(json.dumps(asdict(growth), indent=2) + "\n", encoding="utf-8")
+        (output / GROWTH).write_text(json.dumps(only_finite(asdict(growth)), indent=2) + "\n", encoding="utf-8")
     console = Console(soft_wrap=True)
     console.print(_table(growth, data.tasks))
     console.print(f"adapter: {output}", markup=False, highlight=False)

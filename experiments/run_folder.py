@@ -141,7 +141,7 @@ class RunFolder:
             "value": float(value),
             "seconds": float(seconds),
         }
-        line = json.dumps(_only_finite(entry), allow_nan=False) + "\n"
+        line = json.dumps(only_finite(entry), allow_nan=False) + "\n"
         with writing(self.path / METRICS), (self.path / METRICS).open("ab") as file:
             file.write(line.encode())
 
@@ -208,7 +208,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: object) -> None:
         """Write the JSON file ``name`` in one step; numbers that are not finite become ``null``."""
-        text = json.dumps(_only_finite(content), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(only_finite(content), indent=2, allow_nan=False) + "\n"
         write_durably(self.path / name, text.encode())
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
@@ -281,12 +281,12 @@ def _read_line(line: str) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and keys <= entry.keys() else None
 
 
-def _only_finite(content: object) -> object:
+def only_finite(content: object) -> object:
     """``content`` with every NaN and infinity, which JSON does not know, replaced by None."""
     if isinstance(content, float) and not math.isfinite(content):
         return None
     if isinstance(content, Mapping):
-        return {name: _only_finite(value) for name, value in content.items()}
+        return {name: only_finite(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_only_finite(value) for value in content]
+        return [only_finite(value) for value in content]
     return content

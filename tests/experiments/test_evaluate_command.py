@@ -1,6 +1,7 @@
 """`mops-fl evaluate`: what it refuses before the answers are made, and that nothing of them is lost afterwards."""
 
 import json
+import math
 
 import pytest
 
@@ -48,6 +49,12 @@ def test_answers_are_written_before_anything_is_printed(evaluate, tmp_path, monk
     with pytest.raises(ZeroDivisionError):
         evaluate({"open_qa": 2}, "--max-new-tokens", "1", "--json", str(tmp_path / "out.json"))
     assert len(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["answers"]) == 2
+
+
+def test_perplexity_without_bound_is_null_in_the_file(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_command, "_to_json", lambda *_: {"perplexity": {"all": math.inf}})
+    assert evaluate({"open_qa": 2}, "--no-generation", "--json", str(tmp_path / "out.json")) == 0
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == {"perplexity": {"all": None}}
 
 
 def test_full_disk_costs_the_file_but_not_the_table(evaluate, capsys):
