@@ -26,7 +26,7 @@ from clients.local_training import ClientRows, Training, train_cohort
 from clients.row_owners import RowOwners
 from mops_fl.adapter import AdapterState
 from mops_fl.backbone import Backbone
-from mops_fl.compressed import backbone_sha256, prefer_calibrated_on, require_not_calibrated_on
+from mops_fl.compressed import backbone_sha256, calibrated_on, require_not_calibrated_on
 from mops_fl.config import BackboneConfig, Scalar
 from mops_fl.data import Row, TaskData
 from mops_fl.encoding import EncodedRow, RowEncoder
@@ -236,7 +236,7 @@ class Trainer:
 
     @cached_property
     def _backbone_config(self) -> BackboneConfig:
-        return prefer_calibrated_on(self._data, self._config.backbone)
+        return calibrated_on(self._data, self._config.backbone)
 
     @cached_property
     def _backbone(self) -> Backbone:

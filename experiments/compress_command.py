@@ -9,7 +9,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from experiments.app_folder import AppFolder
-from mops_fl.compressed import NotPrunedError, SeveralPrunedError, read_compression_receipt, resolve_model
+from mops_fl.compressed import (
+    NotPrunedError,
+    SeveralPrunedError,
+    calibrated_on,
+    read_compression_receipt,
+    resolve_model,
+)
 from mops_fl.config import BackboneConfig, DataConfig, Scalar, read_section, require_at_least
 from mops_fl.recipe import PruningRecipe
 
@@ -85,25 +91,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prune_if_missing(run_config: Mapping[str, Scalar], say: Callable[[str], None]) -> None:
-    """Prune the backbone that a run-config names as its `compression` says, unless that was done before.
+    """Prune the backbone that a run-config names as its `compression` says, unless that was done on its server's rows.
 
     Raises:
         InputError: model, data or llmcompressor are missing.
     """
-    backbone = read_section(BackboneConfig, run_config)
-    try:
-        resolve_model(backbone)
-    except SeveralPrunedError:
-        return  # the run knows which by its data, or refuses
-    except NotPrunedError:
-        from mops_fl.compression import Calibration, compress
-        from mops_fl.data import load_task_data
+    backbone, data_config = read_section(BackboneConfig, run_config), read_section(DataConfig, run_config)
+    if backbone.compression == "none":
+        return
+    from mops_fl.compression import Calibration, compress
+    from mops_fl.data import load_task_data
 
-        data_config = read_section(DataConfig, run_config)
+    data = load_task_data(data_config)
+    try:
+        resolve_model(calibrated_on(data, backbone))
+    except SeveralPrunedError:
+        return  # the run says which there are
+    except NotPrunedError:
         compress(
             backbone.backbone,
             PruningRecipe.parse(backbone.compression),
-            load_task_data(data_config),
+            data,
             data_config,
             Calibration(CALIBRATION_ROWS, CALIBRATION_LENGTH),
             say,

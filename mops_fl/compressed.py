@@ -2,9 +2,9 @@
 
 `mops-fl compress` makes them, once; a run only looks them up, since pruning takes minutes and would happen on every
 machine of a federation. The cache holds one folder for each: `compressed/<model>-<recipe>-<key>/`. The key is a hash
-of the model, the calibration tokens, the recipe and the versions that matter. A run names the model and the recipe; of
-several it takes the one that was calibrated on its own data, or names one by its key, as in `sparsegpt:75%@1a2b`. A
-folder can be copied to another machine: into the same place, or anywhere, named in `backbone`.
+of the model, the calibration tokens, the recipe and the versions that matter. A run names the model and the recipe and
+takes what was calibrated on its own server's rows, or it names one by its key, as in `sparsegpt:75%@1a2b`. A folder can
+be copied to another machine: into the same place, or anywhere, named in `backbone`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ COMPRESSION_RECEIPT = "mops-compression.json"
 
 
 class NotPrunedError(InputError):
-    """The dense model is there, the pruned one is not."""
+    """The dense model is there, the pruned one is not, or not for the run's data."""
 
 
 class SeveralPrunedError(InputError):
@@ -65,11 +65,33 @@ def resolve_model(config: BackboneConfig) -> Path:
     return next(iter(found))
 
 
-def prefer_calibrated_on(data: TaskData, config: BackboneConfig) -> BackboneConfig:
-    """The config, naming by its key the one model among several of its recipe that was calibrated on this data."""
+def calibrated_on(data: TaskData, config: BackboneConfig) -> BackboneConfig:
+    """The config, naming by its key the one model of its recipe that was calibrated on rows of this server's.
+
+    A config that names a key or a pruned folder is left as it is, and so is any on a machine without the server's rows.
+
+    Raises:
+        NotPrunedError: there are models of the recipe, but all were calibrated on other rows.
+    """
     found = {} if config.compression == "none" else _find_pruned(config.backbone, config.compression)
-    own = [receipt["key"] for receipt in found.values() if receipt["calibration"].get("data-sha256") == data.sha256]
-    return _by_key(config, own[0]) if len(found) > 1 and len(own) == 1 else config
+    if (
+        not found
+        or not data.server
+        or Path(config.backbone).expanduser() in found
+        or PruningRecipe.parse(config.compression).key
+    ):
+        return config
+    servers = {row.sha256 for row in data.server}
+    own = [receipt["key"] for receipt in found.values() if servers.issuperset(_calibration_rows(receipt))]
+    if not own:
+        recipe = PruningRecipe.parse(config.compression)
+        keys = ", ".join(f"{recipe}@{receipt['key']}" for receipt in found.values())
+        raise NotPrunedError(
+            f"{config.backbone} was pruned by {recipe} on other rows than those of this run's server: run `mops-fl "
+            f"compress --backbone {config.backbone} --recipe {recipe}` with this run's data, or set `compression` to "
+            f"what is there: {keys}."
+        )
+    return _by_key(config, own[0]) if len(own) == 1 else config
 
 
 def prefer_with_weights(sha256: str, config: BackboneConfig) -> BackboneConfig:
@@ -88,7 +110,7 @@ def require_not_calibrated_on(rows: Iterable[Row], config: BackboneConfig) -> No
         InputError: it was calibrated on some of them.
     """
     receipt = read_compression_receipt(resolve_model(config))
-    seen = set(receipt.get("calibration", {}).get("rows-sha256", ()))
+    seen = _calibration_rows(receipt)
     if seen_rows := [row for row in rows if row.sha256 in seen]:
         raise InputError(
             f"{config.backbone} pruned by {receipt['recipe']}@{receipt['key']} was calibrated on {len(seen_rows)} of "
@@ -104,12 +126,19 @@ def compressed_path(backbone: str, recipe: PruningRecipe, key: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells a dense model from another: its receipt, or, for a folder of the user's own, a hash of its files."""
+    """What tells a dense model from another: its receipt, or, for a folder of the user's own, a hash of its files.
+
+    Raises:
+        InputError: the weights are not in safetensors.
+    """
     receipt = read_receipt(folder / RECEIPT)
     if receipt:
         return " ".join(receipt[name] for name in ("name", "source", "revision", "sha256") if name in receipt)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise _without_weights(folder)
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for path in (folder / "config.json", *weights):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -138,12 +167,16 @@ def weights_sha256(folder: Path) -> str:
         files = [stack.enter_context(safe_open(path, "pt")) for path in folder.glob("*.safetensors")]
         holders = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         if not holders:
-            raise InputError(f"{folder} has no weights in safetensors; save the model in that format.")
+            raise _without_weights(folder)
         for name in sorted(holders):
             weight = holders[name].get_tensor(name)
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
             digest.update(weight.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _without_weights(folder: Path) -> InputError:
+    return InputError(f"{folder} has no weights in safetensors; save the model in that format.")
 
 
 def read_compression_receipt(folder: Path) -> dict[str, Any]:
@@ -153,6 +186,11 @@ def read_compression_receipt(folder: Path) -> dict[str, Any]:
         return {}
     receipt: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return receipt
+
+
+def _calibration_rows(receipt: dict[str, Any]) -> set[str]:
+    """The `Row.sha256` of the rows that the pruning saw; none of a dense model and of a receipt that names none."""
+    return set(receipt.get("calibration", {}).get("rows-sha256", ()))
 
 
 def _by_key(config: BackboneConfig, key: str) -> BackboneConfig:

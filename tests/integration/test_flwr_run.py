@@ -42,6 +42,7 @@ def test_flwr_run_runs_the_same_app(started, superlink_port, run_config, tmp_pat
     process = started(*command, "--federation-config", federation)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
+    assert (tmp_path / "run" / "summary.json").is_file(), output + errors
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["status"] == "complete", output + errors
     assert summary["rounds"] == 2

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from mops_fl.adapter import initial_state
 from mops_fl.backbone import Backbone
 from mops_fl.compressed import (
     COMPRESSION_RECEIPT,
+    NotPrunedError,
     SeveralPrunedError,
+    calibrated_on,
     compressed_path,
     fingerprint,
-    prefer_calibrated_on,
     prefer_with_weights,
     resolve_model,
     weights_sha256,
@@ -180,18 +182,25 @@ def test_model_that_was_calibrated_on_test_rows_is_refused(tiny_model_folder, ru
     Trainer(run_config({**wanted, "data-seed": 1})).setting()
 
 
-def test_of_several_calibrations_the_one_on_the_runs_own_data_is_taken(
+def test_model_that_was_calibrated_on_rows_of_the_runs_server_is_taken_and_no_other(
     tiny_model_folder, run_config, cache, monkeypatch
 ):
     monkeypatch.setattr(compression, "prune", lambda *_: ({}, []))
     config = config_of(tiny_model_folder, "wanda:75%")
     data = [load_task_data(read_section(DataConfig, run_config({"data-seed": seed}))) for seed in range(3)]
     made = [press(tiny_model_folder, run_config, "wanda:75%", **{"data-seed": seed}) for seed in range(2)]
-    assert [resolve_model(prefer_calibrated_on(own, config)) for own in data[:2]] == made
+    assert [resolve_model(calibrated_on(own, config)) for own in data[:2]] == made
+    for foreign in (data[2], replace(data[0], server=data[0].server[:10])):
+        with pytest.raises(NotPrunedError, match="pruned by wanda:75% on other rows than those of this run's server"):
+            calibrated_on(foreign, config)
+    named = replace(config, compression=f"wanda:75%@{receipt_of(made[0])['key']}")
+    assert calibrated_on(data[2], named) == named
+    # A client with rows of its own does not have the server's, and takes what there is if that is one.
+    client = replace(data[0], server=())
     with pytest.raises(SeveralPrunedError, match="pruned by wanda:75% more than once"):
-        resolve_model(prefer_calibrated_on(data[2], config))
+        resolve_model(calibrated_on(client, config))
     shutil.rmtree(made[1])
-    assert resolve_model(prefer_calibrated_on(data[1], config)) == made[0]
+    assert resolve_model(calibrated_on(client, config)) == made[0]
 
 
 def test_of_several_models_of_a_recipe_an_adapter_finds_the_one_with_its_weights(
@@ -251,6 +260,13 @@ def test_fingerprint_changes_with_a_weight(tiny_model_folder, tmp_path, tiny_mod
     model.save_pretrained(tmp_path)
     assert fingerprint(tmp_path) != fingerprint(tiny_model_folder)
     assert fingerprint(tiny_model_folder) == fingerprint(tiny_model_folder)
+
+
+def test_model_without_safetensors_has_no_fingerprint(tiny_model_folder, tmp_path):
+    shutil.copy(tiny_model_folder / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    with pytest.raises(InputError, match="no weights in safetensors"):
+        fingerprint(tmp_path)
 
 
 def test_failure_leaves_nothing_that_could_be_taken_for_a_model(tiny_model_folder, run_config, cache, monkeypatch):
