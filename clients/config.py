@@ -81,8 +81,11 @@ class ClientConfig:
             raise InputError(
                 "`pooling` is 'all', but the model of `gate-embedding` sees the question only; change one."
             )
-        if config.adapter.routing == "nearest" and not config.data.server_rows:
-            raise InputError("`routing` is 'nearest', but `server-rows` is 0; give the server rows to route by.")
+        if not config.data.server_rows:
+            if config.adapter.routing == "nearest":
+                raise InputError("`routing` is 'nearest', but `server-rows` is 0; give the server rows to route by.")
+            if config.trainer.central_rows == "server":
+                raise InputError("`central-rows` is 'server', but `server-rows` is 0; change one of them.")
         return config
 
     @staticmethod

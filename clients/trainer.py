@@ -33,7 +33,7 @@ from mops_fl.encoding import EncodedRow, RowEncoder
 from mops_fl.errors import InputError
 from mops_fl.evaluation import Evaluation, by_length, evaluate, evaluate_bare
 from mops_fl.methods import require_method
-from mops_fl.model import AdaptableModel, check_inject_layer
+from mops_fl.model import AdaptableModel, check_inject_layer, check_window
 from mops_fl.payload import (
     INPUT_PROMPTS,
     Arrays,
@@ -127,8 +127,8 @@ class Trainer:
         """Load data and model and say what they are.
 
         Raises:
-            InputError: no such model or data, a layer that the model does not have, experts that would never be used,
-                or a pruned model that has seen the test rows.
+            InputError: no such model or data, a layer or positions that the model does not have, experts that would
+                never be used, or a pruned model that has seen the test rows.
         """
         with self._lock:
             return self._setting()
@@ -266,6 +266,7 @@ class Trainer:
         data = self._data
         require_not_calibrated_on(self._owners.measured_rows, self._backbone_config)
         check_num_experts(self._config.adapter, len(data.trained_tasks))
+        check_window(self._config.data.max_length, self._config.adapter.num_prompts, self._backbone)
         train, test, server = (self._encode(part) for part in (data.train, data.test, data.server))
         return Setting(
             tasks=data.tasks,

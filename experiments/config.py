@@ -81,6 +81,8 @@ class ExperimentConfig:
                 f"`clients-per-round` is {per_round}, but `num-clients` is {num_clients}; lower one or raise the other."
             )
         check_cohort_size(config.aggregation, per_round)
+        if config.federation.server_weight and not config.client.data.server_rows:
+            raise InputError("`server-weight` is above 0, but `server-rows` is 0; give the server rows to train on.")
         config.require_equal_clients()
         return config
 

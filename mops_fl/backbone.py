@@ -138,6 +138,12 @@ class Backbone:
         return layers
 
     @property
+    def window(self) -> int:
+        """Positions that the model was made for."""
+        positions: int = self._decoder.config.max_position_embeddings
+        return positions
+
+    @property
     def gate_input_size(self) -> int:
         """Numbers that the gate looks at: `D`, or those of the embedder."""
         return self.embedder.size if self.embedder else self.hidden_size

@@ -212,7 +212,7 @@ def draw_parts(
     In a set too small for `num_rows + server_rows` both shares shrink alike.
 
     Raises:
-        InputError: a task has too few rows to be trained on and tested.
+        InputError: a task has too few rows to be trained on and tested, or the server's are fewer than the tasks.
     """
     rng = np.random.default_rng(config.data_seed)
     by_task = {task: [row for row in rows if row.task == task] for task in tasks}
@@ -220,6 +220,11 @@ def draw_parts(
     used = apportion(int(fit * config.num_rows), [len(members) for members in by_task.values()])
     tested = apportion(round(config.test_fraction * sum(used)), used)
     server_quota = int(fit * config.server_rows) // len(tasks)
+    if config.server_rows and not server_quota:
+        raise InputError(
+            f"`server-rows` is {config.server_rows}, which with {len(rows)} rows of {len(tasks)} tasks leaves the "
+            "server none of each; raise it, give more data, or set it to 0."
+        )
     train: list[Row] = []
     test: list[Row] = []
     server: list[Row] = []

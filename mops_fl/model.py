@@ -266,6 +266,19 @@ def behind(num_prompts: int, kept: Tensor) -> Tensor:
     return F.pad(kept, (num_prompts, 0), value=True)
 
 
+def check_window(max_length: int, num_prompts: int, backbone: Backbone) -> None:
+    """Refuse rows that prompts would push out of the backbone's window; without prompts too, so that all read alike.
+
+    Raises:
+        InputError: too long.
+    """
+    if max_length + num_prompts > backbone.window:
+        raise InputError(
+            f"`max-length` is {max_length}, which with {num_prompts} prompts is more than the backbone's "
+            f"{backbone.window} positions; lower it to {backbone.window - num_prompts}."
+        )
+
+
 def check_inject_layer(layer: int, backbone: Backbone) -> None:
     """Refuse an injection layer that this backbone does not have.
 

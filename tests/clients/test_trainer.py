@@ -160,6 +160,7 @@ def test_unknown_client_is_refused(trainer, partition_id):
         ({"inject-layer": 4}, "`inject-layer` is 4, but the backbone has layers 0 to 3"),
         ({"num-clients": 8, "partitioner": "natural-id"}, "set num-clients to 7"),
         ({"num-clients": 200, "partitioner": "iid"}, "200 clients and 189 rows"),
+        ({"max-length": 499}, "with 14 prompts is more than the backbone's 512 positions; lower it to 498"),
         ({"num-experts": 8, "routing": "nearest"}, "`num-experts` is 8, .* set it to at most 7"),
     ],
 )

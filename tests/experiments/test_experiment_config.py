@@ -132,6 +132,13 @@ def test_bad_value_is_refused_by_name(key, value, run_config):
     assert str(value) in str(refusal.value)
 
 
+@pytest.mark.parametrize("key", [{"routing": "nearest"}, {"central-rows": "server"}, {"server-weight": 1.0}])
+def test_what_needs_rows_of_the_servers_is_refused_without(key, run_config):
+    ExperimentConfig.from_run_config(run_config(key))
+    with pytest.raises(InputError, match=f"`{next(iter(key))}` is .* but `server-rows` is 0"):
+        ExperimentConfig.from_run_config(run_config({**key, "server-rows": 0}))
+
+
 @pytest.mark.parametrize(
     ("key", "choices"),
     [

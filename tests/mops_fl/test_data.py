@@ -156,6 +156,12 @@ def test_server_rows_of_zero_leaves_the_server_without(data_config):
     assert draw_parts(rows_of(a=60, b=60, c=60), TASKS, data_config(server_rows=0))[2] == ()
 
 
+@pytest.mark.parametrize(("sizes", "server_rows"), [({"a": 60, "b": 60, "c": 60}, 2), ({"a": 6, "b": 6, "c": 6}, 20)])
+def test_server_rows_that_leave_none_of_each_task_are_refused(data_config, sizes, server_rows):
+    with pytest.raises(InputError, match=f"`server-rows` is {server_rows}, .* leaves the server none of each"):
+        draw_parts(rows_of(**sizes), TASKS, data_config(num_rows=200, server_rows=server_rows))
+
+
 def test_draw_is_set_by_the_data_seed(data_config):
     rows = rows_of(a=300, b=200, c=100)
     first, same, other = (draw_parts(rows, TASKS, data_config(data_seed=seed)) for seed in (0, 0, 1))
