@@ -1,6 +1,6 @@
 """The two ways to run an app on one machine: on Ray through Flower's simulation engine, or inline.
 
-The only file that uses private parts of flwr; a test fails clearly when a version moves them.
+Most of what this project uses of flwr's private parts is here; a test names the version that has them.
 """
 
 import importlib
