@@ -15,13 +15,12 @@ APP = Path(__file__).parents[2] / "experiments/dolly"
 OVERLAYS = sorted(path.stem for path in APP.glob("*.toml") if path.name != "pyproject.toml")
 
 # What other tools rely on.
-CONTRACT = set(
-    """
-    method backbone compression quantization dataset data-path seed num-clients clients-per-round num-server-rounds
-    local-steps batch-size lr inject-layer num-experts prompts-per-expert gating pooling prompt-init weighting
-    evaluate-every eval-rows max-length dtype output-dir
-    """.split()
-)
+CONTRACT = {
+    "method", "backbone", "compression", "quantization", "dataset", "data-path", "seed", "num-clients",
+    "clients-per-round", "num-server-rounds", "local-steps", "batch-size", "lr", "inject-layer", "num-experts",
+    "prompts-per-expert", "gating", "pooling", "prompt-init", "weighting", "evaluate-every", "eval-rows",
+    "max-length", "dtype", "output-dir",
+}  # fmt: skip
 
 
 def test_app_configures_a_valid_experiment():
