@@ -25,7 +25,7 @@ deploy-demo: fetch
 	$(BIN)/mops-fl deploy-demo
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-slow: fetch
 	MOPS_REQUIRE_MODEL=1 $(BIN)/python -m pytest -q -m slow
