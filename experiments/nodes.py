@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from clients.trainer import Setting
 from mops_fl.errors import InputError
 from mops_fl.payload import NOT_NUMBERED, ClientInfo, decode_info
-from strategies.replies import error_text, node_asked
+from strategies.replies import error_text
 from strategies.sampling import ClientSampler
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _ask(
     clients: dict[int, ClientInfo] = {}
     reasons: dict[int, object] = dict.fromkeys(node_ids, "no answer in time who it is; its log may say why")
     for reply in grid.send_and_receive(questions, timeout=timeout):
-        node_id = node_asked(reply, questions)
+        node_id = reply.metadata.src_node_id
         if reply.has_error():
             reasons[node_id] = error_text(reply)
             continue

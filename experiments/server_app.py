@@ -11,6 +11,7 @@ from clients.resident import connect
 from experiments.config import ExperimentConfig
 from experiments.federated_run import FederatedRun
 from experiments.nodes import find_clients, with_own_rows
+from experiments.reply_guard import ReplyGuard
 from partitioning import OWN_ROWS
 from strategies.sampling import ClientSampler
 
@@ -23,6 +24,7 @@ NODE_PATIENCE_SECONDS = 30.0
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run-config describes."""
+    grid = ReplyGuard(grid)
     config = ExperimentConfig.from_run_config(context.run_config)
     trainer = connect(context.run_config)
     setting = trainer.setting()

@@ -13,6 +13,7 @@ Reply    `config`   partition-id, num-examples, trainer (clients that name the s
                     the rows are the client's own also its tasks and the rows-per-task
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -193,9 +194,15 @@ def encode_result(result: TrainResult) -> RecordDict:
     return RecordDict({ARRAYS: to_record(result.adapter), METRICS: metrics})
 
 
+def printable(text: str) -> str:
+    """Text of somebody else's without colours and other characters that a terminal would obey."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+    return "".join(char for char in plain if char.isprintable() or char in "\n\t")
+
+
 def shortened(value: object) -> str:
-    """A value of somebody else's as it may stand in a message."""
-    text = str(value)
+    """A value of somebody else's as it may stand in a sentence."""
+    text = " ".join(printable(str(value)[:1000]).split())
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

@@ -36,11 +36,7 @@ class FakeGrid:
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"message-{message.metadata.dst_node_id}"
             answer = self.answers[message.metadata.dst_node_id]
-            if isinstance(answer, str):  # "gone": the SuperLink answers in its own name
-                reply = Message(Error(code=4, reason="node unavailable"), reply_to=message)
-                reply.metadata.__dict__["_src_node_id"] = 1
-                yield reply
-            elif answer is not None:
+            if answer is not None:
                 yield Message(answer, reply_to=message)
 
 
@@ -80,10 +76,9 @@ def test_too_few_nodes_are_an_input_error_after_the_patience():
             "Node 11 cannot take part: it has other weights",
         ),
         ({10: info(0), 11: None}, "Node 11 cannot take part: no answer in time"),
-        ({10: info(0), 11: "gone"}, "Node 11 cannot take part: node unavailable"),
         ({10: info(0), 11: Error(code=2, reason="no partition-id")}, "Node 11 cannot take part: no partition-id"),
     ],
-    ids=["same twice", "not from 0", "one too many", "other weights", "one silent", "one gone", "one failed"],
+    ids=["same twice", "not from 0", "one too many", "other weights", "one silent", "one failed"],
 )
 def test_nodes_that_are_not_the_clients_are_an_input_error(answers, complaint):
     with pytest.raises(InputError, match=complaint):

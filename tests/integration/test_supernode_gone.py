@@ -32,6 +32,7 @@ import json
 import numpy as np
 from flwr.serverapp import ServerApp
 from experiments.nodes import RollCall, find_clients
+from experiments.reply_guard import ReplyGuard
 from mops_fl.payload import to_record
 from mops_fl.reply_check import ReplyLimits
 from strategies.aggregation import AggregationConfig, build_aggregate
@@ -47,6 +48,7 @@ def on_round(report):
 
 @app.main()
 def main(grid, context):
+    grid = ReplyGuard(grid)
     clients = find_clients(grid, 2, "weights", patience_seconds=60)
     sampler = ClientSampler(clients, clients_per_round=2, cohort_size=1, seed=0)
     strategy = FedPrompt(
