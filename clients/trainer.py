@@ -137,8 +137,10 @@ class Trainer:
         """What a client answers when asked who it is."""
         with self._lock:
             rows = self._owners.rows_of(partition_id)[0]
-            own_rows = Counter(row.task for row in rows) if self._owners.own_data else None
-            return ClientInfo(partition_id, len(rows), self._name, self._backbone_sha256, own_rows)
+            if self._owners.own_data:  # of which nobody else knows anything that could be compared
+                own_rows = Counter(row.task for row in rows)
+                return ClientInfo(partition_id, len(rows), self._name, self._backbone_sha256, own_rows)
+            return ClientInfo(partition_id, len(rows), self._name, self._backbone_sha256, data_sha256=self._data_sha256)
 
     def prepare(self) -> Start:
         """Pretrain the input prompts and the gate on the server's rows."""
@@ -235,6 +237,10 @@ class Trainer:
         return self._owners.data
 
     @cached_property
+    def _data_sha256(self) -> str:
+        return self._data.sha256
+
+    @cached_property
     def _backbone_config(self) -> BackboneConfig:
         return calibrated_on(self._data, self._config.backbone)
 
@@ -284,7 +290,7 @@ class Trainer:
             hidden_size=self._backbone.hidden_size,
             num_layers=self._backbone.num_layers,
             backbone_sha256=self._backbone_sha256,
-            data_sha256=data.sha256,
+            data_sha256=self._data_sha256,
         )
 
     def _train_cohort(self, request: TrainRequest) -> dict[int, TrainResult]:

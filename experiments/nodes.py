@@ -23,7 +23,7 @@ _NEWCOMER_PATIENCE_SECONDS = 60.0
 
 
 def find_clients(
-    grid: Grid, num_clients: int, backbone_sha256: str, *, patience_seconds: float
+    grid: Grid, num_clients: int, backbone_sha256: str, data_sha256: str, *, patience_seconds: float
 ) -> dict[int, ClientInfo]:
     """Wait until `num_clients` nodes are connected, then ask each for its partition id and row count.
 
@@ -33,6 +33,7 @@ def find_clients(
         grid: the connection to the nodes.
         num_clients: nodes that must be there.
         backbone_sha256: of the weights that all must have.
+        data_sha256: of the rows that are dealt to all who have none of their own.
         patience_seconds: how long to wait while no further node arrives.
 
     Returns:
@@ -40,13 +41,14 @@ def find_clients(
         which a SuperNode that authenticates itself keeps.
 
     Raises:
-        InputError: too few nodes came, one could not answer or has other weights, or two are the same client.
+        InputError: too few nodes came, one could not answer, has other weights or is dealt other rows, or two are the
+            same client.
     """
     node_ids = _wait_for_nodes(grid, num_clients, patience_seconds)
     clients: dict[int, ClientInfo] = {}
     for first in range(0, len(node_ids), _QUESTIONS_AT_ONCE):
         asked = node_ids[first : first + _QUESTIONS_AT_ONCE]
-        answers, complaints = _ask(grid, asked, backbone_sha256, timeout=60 + patience_seconds)
+        answers, complaints = _ask(grid, asked, backbone_sha256, data_sha256, timeout=60 + patience_seconds)
         if complaints:
             raise InputError(complaints[0])
         clients |= answers
@@ -67,10 +69,11 @@ class RollCall:
     A SuperNode that was started again is another node to the SuperLink, unless it authenticates itself.
     """
 
-    def __init__(self, sampler: ClientSampler, backbone_sha256: str) -> None:
-        """Keep `sampler`'s nodes up to date with those that have these weights."""
+    def __init__(self, sampler: ClientSampler, backbone_sha256: str, data_sha256: str) -> None:
+        """Keep `sampler`'s nodes up to date with those that have these weights, and these rows or their own."""
         self._sampler = sampler
         self._backbone_sha256 = backbone_sha256
+        self._data_sha256 = data_sha256
 
     def __call__(self, grid: Grid) -> set[int]:
         """The connected nodes; the sampler is told of those that moved."""
@@ -82,7 +85,8 @@ class RollCall:
         return connected
 
     def _welcome(self, grid: Grid, strangers: list[int], gone: set[int]) -> None:
-        answers, complaints = _ask(grid, strangers, self._backbone_sha256, timeout=_NEWCOMER_PATIENCE_SECONDS)
+        hashes = self._backbone_sha256, self._data_sha256
+        answers, complaints = _ask(grid, strangers, *hashes, timeout=_NEWCOMER_PATIENCE_SECONDS)
         for complaint in complaints:
             logger.warning("%s", complaint)
         for node_id, info in answers.items():
@@ -135,9 +139,9 @@ def _number(clients: Mapping[int, ClientInfo], num_clients: int) -> dict[int, Cl
 
 
 def _ask(
-    grid: Grid, node_ids: list[int], backbone_sha256: str, timeout: float
+    grid: Grid, node_ids: list[int], backbone_sha256: str, data_sha256: str, timeout: float
 ) -> tuple[dict[int, ClientInfo], list[str]]:
-    """Who the nodes are, and what is wrong with those that did not tell or have other weights."""
+    """Who the nodes are, and what is wrong with those that did not tell, or have other weights or rows."""
     questions = [
         Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in node_ids
     ]
@@ -152,7 +156,13 @@ def _ask(
             info = decode_info(reply.content)
             if info.backbone_sha256 != backbone_sha256:
                 raise InputError(
-                    "it has other weights under the name of backbone or gate-embedding; copy the server's folder there"
+                    "it has other weights under the name of backbone or gate-embedding; copy the server's folder there "
+                    "and start it again"
+                )
+            if info.own_rows is None and info.data_sha256 != data_sha256:
+                raise InputError(
+                    "it has other rows than the server, whose are to be dealt; give its machine the same data (by "
+                    "data-path, MOPS_DOLLY or MOPS_SUPER_NI, or `mops-fl fetch`) and start it again"
                 )
             clients[node_id] = info
         except InputError as error:

@@ -29,7 +29,8 @@ def main(grid: Grid, context: Context) -> None:
     trainer = connect(context.run_config)
     setting = trainer.setting()
     num_clients = config.client.partition.num_clients
-    clients = find_clients(grid, num_clients, setting.backbone_sha256, patience_seconds=NODE_PATIENCE_SECONDS)
+    hashes = setting.backbone_sha256, setting.data_sha256
+    clients = find_clients(grid, num_clients, *hashes, patience_seconds=NODE_PATIENCE_SECONDS)
     if config.client.partition.partitioner == OWN_ROWS:
         setting = with_own_rows(setting, clients)
     sampler = ClientSampler(

@@ -132,11 +132,11 @@ def test_nodes_with_rows_of_their_own_are_numbered_by_node_id():
         return encode_info(ClientInfo(-1, sum(per_task.values()), "mine", "weights", per_task))
 
     grid = FakeGrid({70: own(qa=3), 50: own(qa=1, chat=2)})
-    clients = find_clients(grid, 2, "weights", patience_seconds=0.1)
+    clients = find_clients(grid, 2, "weights", "the server's rows", patience_seconds=0.1)
     assert [(node, info.partition_id, info.num_examples) for node, info in clients.items()] == [(50, 0, 3), (70, 1, 3)]
     assert clients[50].own_rows == {"qa": 1, "chat": 2}
     with pytest.raises(InputError, match="2 SuperNodes with rows of their own are connected, but num-clients is 1"):
-        find_clients(grid, 1, "weights", patience_seconds=0.1)
+        find_clients(grid, 1, "weights", "the server's rows", patience_seconds=0.1)
 
 
 def test_task_that_the_server_does_not_know_is_refused(run_config):
