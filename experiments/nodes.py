@@ -2,8 +2,10 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -100,6 +102,28 @@ class RollCall:
         if info.partition_id == NOT_NUMBERED:  # its number was the server's; its rows tell it from the others
             return self._sampler.clients[client].own_rows == info.own_rows
         return client == info.partition_id
+
+
+def numbered_as_before(clients: Mapping[int, ClientInfo], partition: Mapping[str, Any]) -> dict[int, ClientInfo]:
+    """The clients with rows of their own under the numbers that they had when the run began, by which it samples them.
+
+    A node id is another one after a restart without authentication. So they are known again by how many rows of each
+    task they have; of several with the same counts the one with the lower node id gets the lower number.
+
+    Args:
+        clients: node id -> client, in order of the node ids.
+        partition: what the run's folder says of its clients, see `RunFolder.partition`.
+
+    Returns:
+        Node id -> client, in order of the numbers; unchanged where these are not the run's clients.
+    """
+    left, numbered = dict(clients), {}
+    for entry in sorted(partition["clients"], key=lambda entry: int(entry["partition-id"])):
+        per_task = Counter(entry["per-task"])
+        same = [node_id for node_id, info in left.items() if Counter(info.own_rows) == per_task]
+        if same:
+            numbered[same[0]] = replace(left.pop(same[0]), partition_id=entry["partition-id"])
+    return numbered if len(numbered) == len(clients) == len(partition["clients"]) else dict(clients)
 
 
 def with_own_rows(setting: Setting, clients: Mapping[int, ClientInfo]) -> Setting:

@@ -4,14 +4,17 @@ Everything that can be refused is refused before anything slow starts: first the
 the clients, then the output folder.
 """
 
+from pathlib import Path
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from clients.resident import connect
 from experiments.config import ExperimentConfig
 from experiments.federated_run import FederatedRun
-from experiments.nodes import find_clients, with_own_rows
+from experiments.nodes import find_clients, numbered_as_before, with_own_rows
 from experiments.reply_guard import ReplyGuard
+from experiments.run_folder import RunFolder
 from partitioning import OWN_ROWS
 from strategies.sampling import ClientSampler
 
@@ -32,6 +35,10 @@ def main(grid: Grid, context: Context) -> None:
     hashes = setting.backbone_sha256, setting.data_sha256
     clients = find_clients(grid, num_clients, *hashes, patience_seconds=NODE_PATIENCE_SECONDS)
     if config.client.partition.partitioner == OWN_ROWS:
+        if config.federation.resume and (
+            begun := RunFolder.open(Path(config.federation.output_dir).absolute()).partition
+        ):
+            clients = numbered_as_before(clients, begun)
         setting = with_own_rows(setting, clients)
     sampler = ClientSampler(
         clients,

@@ -4,7 +4,7 @@ import pytest
 from flwr.app import Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from experiments.nodes import RollCall, find_clients
+from experiments.nodes import RollCall, find_clients, numbered_as_before
 from mops_fl.errors import InputError
 from mops_fl.payload import ClientInfo, encode_info
 from strategies.sampling import ClientSampler
@@ -156,3 +156,38 @@ def test_stranger_with_an_error_does_not_keep_those_out_that_are_back(caplog):
     assert RollCall(sampler, "weights", "rows")(FakeGrid(back)) == {10, 76, 77}
     assert sampler.node_of == {0: 10, 1: 11, 2: 77}
     assert "Node 76 cannot take part: no rows" in caplog.text
+
+
+@pytest.mark.parametrize("started_again", [[93, 91, 92, 94], [94, 93, 92, 91], [13, 14, 11, 12]])
+def test_resumed_run_numbers_its_clients_as_before_whatever_their_node_ids_are(started_again):
+    organisations = {"a": {"qa": 50}, "b": {"qa": 7}, "c": {"chat": 9, "qa": 1}, "d": {"qa": 9, "chat": 1}}
+
+    def found(node_ids):
+        own = (ClientInfo(-1, sum(rows.values()), name, "weights", rows) for name, rows in organisations.items())
+        answers = {node_id: encode_info(info) for node_id, info in zip(node_ids, own, strict=True)}
+        return find_clients(FakeGrid(answers), 4, "weights", "rows", patience_seconds=0.1)
+
+    def entry(info):
+        return {"partition-id": info.partition_id, "per-task": {"chat": 0, "qa": 0, "poetry": 0} | info.own_rows}
+
+    begun = {"clients": [entry(info) for info in found([12, 11, 14, 13]).values()]}
+    again = numbered_as_before(found(started_again), begun)
+    assert [(info.trainer, info.partition_id) for info in again.values()] == [("b", 0), ("a", 1), ("d", 2), ("c", 3)]
+
+
+def test_clients_with_the_same_counts_keep_the_order_of_their_node_ids_and_others_are_left_for_the_run_to_refuse():
+    own = {node_id: ClientInfo(-1, 4, str(node_id), "weights", {"qa": 4}) for node_id in (21, 22)}
+    own[23] = ClientInfo(-1, 9, "23", "weights", {"qa": 9})
+    clients = find_clients(
+        FakeGrid({n: encode_info(info) for n, info in own.items()}), 3, "weights", "rows", patience_seconds=0.1
+    )
+    rows = [9, 4, 4]
+    begun = {"clients": [{"partition-id": number, "per-task": {"qa": rows[number]}} for number in range(3)]}
+    assert [(node_id, info.partition_id) for node_id, info in numbered_as_before(clients, begun).items()] == [
+        (23, 0),
+        (21, 1),
+        (22, 2),
+    ]
+    begun["clients"][1]["per-task"]["qa"] = 5
+    assert numbered_as_before(clients, begun) == clients
+    assert numbered_as_before(clients, {"clients": begun["clients"][:1]}) == clients
