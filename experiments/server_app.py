@@ -35,10 +35,9 @@ def main(grid: Grid, context: Context) -> None:
     hashes = setting.backbone_sha256, setting.data_sha256
     clients = find_clients(grid, num_clients, *hashes, patience_seconds=NODE_PATIENCE_SECONDS)
     if config.client.partition.partitioner == OWN_ROWS:
-        if config.federation.resume and (
-            begun := RunFolder.open(Path(config.federation.output_dir).absolute()).partition
-        ):
-            clients = numbered_as_before(clients, begun)
+        if config.federation.resume:
+            folder = RunFolder.open(Path(config.federation.output_dir).absolute())
+            clients = numbered_as_before(clients, folder.partition or {"clients": []})
         setting = with_own_rows(setting, clients)
     sampler = ClientSampler(
         clients,
