@@ -137,10 +137,9 @@ class Trainer:
         """What a client answers when asked who it is."""
         with self._lock:
             rows = self._owners.rows_of(partition_id)[0]
-            if self._owners.own_data:  # of which nobody else knows anything that could be compared
-                own_rows = Counter(row.task for row in rows)
-                return ClientInfo(partition_id, len(rows), self._name, self._backbone_sha256, own_rows)
-            return ClientInfo(partition_id, len(rows), self._name, self._backbone_sha256, data_sha256=self._data_sha256)
+            own_rows = Counter(row.task for row in rows) if self._owners.own_data else None
+            hashes = {"backbone_sha256": self._backbone_sha256, "data_sha256": self._owners.shared_sha256}
+            return ClientInfo(partition_id, len(rows), self._name, own_rows=own_rows, **hashes)
 
     def prepare(self) -> Start:
         """Pretrain the input prompts and the gate on the server's rows."""
@@ -237,10 +236,6 @@ class Trainer:
         return self._owners.data
 
     @cached_property
-    def _data_sha256(self) -> str:
-        return self._data.sha256
-
-    @cached_property
     def _backbone_config(self) -> BackboneConfig:
         return calibrated_on(self._data, self._config.backbone)
 
@@ -290,7 +285,7 @@ class Trainer:
             hidden_size=self._backbone.hidden_size,
             num_layers=self._backbone.num_layers,
             backbone_sha256=self._backbone_sha256,
-            data_sha256=self._data_sha256,
+            data_sha256=data.sha256,
         )
 
     def _train_cohort(self, request: TrainRequest) -> dict[int, TrainResult]:
