@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from clients.trainer_process import TrainerProcess
 from mops_fl.config import Scalar
-from mops_fl.errors import RunError
-from mops_fl.payload import TrainRequest, TrainResult
+from mops_fl.errors import InputError, RunError
+from mops_fl.payload import ClientInfo, TrainRequest, TrainResult
 
 if TYPE_CHECKING:
-    from clients.trainer import Trainer
+    from clients.trainer import Setting, Trainer
 
 # Calls that may wait in an actor at once; each is a client whose cohort is being trained.
 _MAX_WAITING_CALLS = 1000
@@ -90,8 +90,11 @@ class _RayTrainers:
 
         nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
         gpus = [node["NodeID"] for node in nodes for _ in range(int(node["Resources"].get("GPU", 0)))]
+        homes = gpus or [node["NodeID"] for node in nodes]
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
+        self._addresses = [str(addresses[node_id]) for node_id in homes]
         run = hashlib.sha256(settings.encode()).hexdigest()[:16]
-        self._actors = [
+        self._actors: list[Any] = [
             ray.remote(_TrainerActor)
             .options(
                 name=f"trainer-{run}-{number}",
@@ -105,8 +108,27 @@ class _RayTrainers:
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=True),
             )
             .remote(settings)
-            for number, node_id in enumerate(gpus or [node["NodeID"] for node in nodes])
+            for number, node_id in enumerate(homes)
         ]
+
+    def setting(self) -> "Setting":
+        """See `Trainer.setting`; only the server asks for it, once and before anything else.
+
+        Raises:
+            InputError: the machines of the cluster have not all the same rows and weights.
+        """
+        setting = cast("Setting", _call(self._actors[0], "setting"))
+        here = {"rows": setting.data_sha256, "weights": setting.backbone_sha256}
+        others = [actor.call.remote("describe", 0) for actor in self._actors[1:]]  # all at work at once
+        for other, address in zip(others, self._addresses[1:], strict=True):
+            info = cast(ClientInfo, _result(other))
+            there = {"rows": info.data_sha256, "weights": info.backbone_sha256}
+            if different := [what for what in here if here[what] != there[what]]:
+                raise InputError(
+                    f"The machines {self._addresses[0]} and {address} of the Ray cluster have other "
+                    f"{' and other '.join(different)} under the same name; give all the same data and models."
+                )
+        return setting
 
     def train(self, partition_id: int, request: TrainRequest) -> TrainResult:
         """See `Trainer.train`."""
@@ -121,10 +143,14 @@ class _RayTrainers:
 
 
 def _call(actor: Any, method: str, *args: object) -> Any:  # noqa: ANN401
+    return _result(actor.call.remote(method, *args))
+
+
+def _result(call: Any) -> Any:  # noqa: ANN401
     import ray
 
     try:
-        return ray.get(actor.call.remote(method, *args))
+        return ray.get(call)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayActorError:

@@ -36,6 +36,11 @@ class RowOwners:
             return load_server_rows(self._config.data, with_test=self._config.trainer.evaluate_on == "server")
         return load_task_data(self._config.data)
 
+    @cached_property
+    def shared_sha256(self) -> str:
+        """Of the data set that rows are dealt from; empty for a client's own, of which nothing is told."""
+        return "" if self.own_data else self.data.sha256
+
     @property
     def measured_rows(self) -> Sequence[Row]:
         """Those on this machine that are measured on: the test rows, or the clients', who each keep some back."""

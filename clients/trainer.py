@@ -138,7 +138,8 @@ class Trainer:
         with self._lock:
             rows = self._owners.rows_of(partition_id)[0]
             own_rows = Counter(row.task for row in rows) if self._owners.own_data else None
-            return ClientInfo(partition_id, len(rows), self._name, self._backbone_sha256, own_rows)
+            hashes = {"backbone_sha256": self._backbone_sha256, "data_sha256": self._owners.shared_sha256}
+            return ClientInfo(partition_id, len(rows), self._name, own_rows=own_rows, **hashes)
 
     def prepare(self) -> Start:
         """Pretrain the input prompts and the gate on the server's rows."""

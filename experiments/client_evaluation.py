@@ -15,7 +15,7 @@ from mops_fl.payload import (
 )
 from mops_fl.reply_check import checked_sums
 from strategies.fedprompt import RoundError
-from strategies.replies import error_text, node_asked
+from strategies.replies import error_text
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def evaluate_on_clients(
     questions = [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node_id) for node_id in node_ids]
     results: dict[int, EvaluateResult] = {}
     for reply in grid.send_and_receive(questions, timeout=timeout_seconds):
-        node_id = node_asked(reply, questions)
+        node_id = reply.metadata.src_node_id
         try:
             if reply.has_error():
                 raise InputError(error_text(reply))

@@ -49,7 +49,7 @@ class FederatedRun(Run):
         super().__init__(config, run_config, trainer, setting)
         self._grid = grid
         self._sampler = sampler
-        self._roll_call = RollCall(sampler, setting.backbone_sha256)
+        self._roll_call = RollCall(sampler, setting.backbone_sha256, setting.data_sha256)
 
     def _evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
         if self._config.client.trainer.evaluate_on == "server":

@@ -2,16 +2,18 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from clients.trainer import Setting
 from mops_fl.errors import InputError
-from mops_fl.payload import NOT_NUMBERED, ClientInfo, decode_info
-from strategies.replies import error_text, node_asked
+from mops_fl.payload import NOT_NUMBERED, ClientInfo, decode_info, shortened
+from strategies.replies import error_text
 from strategies.sampling import ClientSampler
 
 logger = logging.getLogger(__name__)
@@ -23,7 +25,7 @@ _NEWCOMER_PATIENCE_SECONDS = 60.0
 
 
 def find_clients(
-    grid: Grid, num_clients: int, backbone_sha256: str, *, patience_seconds: float
+    grid: Grid, num_clients: int, backbone_sha256: str, data_sha256: str, *, patience_seconds: float
 ) -> dict[int, ClientInfo]:
     """Wait until `num_clients` nodes are connected, then ask each for its partition id and row count.
 
@@ -33,6 +35,7 @@ def find_clients(
         grid: the connection to the nodes.
         num_clients: nodes that must be there.
         backbone_sha256: of the weights that all must have.
+        data_sha256: of the rows that are dealt to all who have none of their own.
         patience_seconds: how long to wait while no further node arrives.
 
     Returns:
@@ -40,13 +43,14 @@ def find_clients(
         which a SuperNode that authenticates itself keeps.
 
     Raises:
-        InputError: too few nodes came, one could not answer or has other weights, or two are the same client.
+        InputError: too few nodes came, one could not answer, has other weights or is dealt other rows, or two are the
+            same client.
     """
     node_ids = _wait_for_nodes(grid, num_clients, patience_seconds)
     clients: dict[int, ClientInfo] = {}
     for first in range(0, len(node_ids), _QUESTIONS_AT_ONCE):
         asked = node_ids[first : first + _QUESTIONS_AT_ONCE]
-        answers, complaints = _ask(grid, asked, backbone_sha256, timeout=60 + patience_seconds)
+        answers, complaints = _ask(grid, asked, backbone_sha256, data_sha256, timeout=60 + patience_seconds)
         if complaints:
             raise InputError(complaints[0])
         clients |= answers
@@ -67,10 +71,11 @@ class RollCall:
     A SuperNode that was started again is another node to the SuperLink, unless it authenticates itself.
     """
 
-    def __init__(self, sampler: ClientSampler, backbone_sha256: str) -> None:
-        """Keep `sampler`'s nodes up to date with those that have these weights."""
+    def __init__(self, sampler: ClientSampler, backbone_sha256: str, data_sha256: str) -> None:
+        """Keep `sampler`'s nodes up to date with those that have these weights, and these rows or their own."""
         self._sampler = sampler
         self._backbone_sha256 = backbone_sha256
+        self._data_sha256 = data_sha256
 
     def __call__(self, grid: Grid) -> set[int]:
         """The connected nodes; the sampler is told of those that moved."""
@@ -82,7 +87,8 @@ class RollCall:
         return connected
 
     def _welcome(self, grid: Grid, strangers: list[int], gone: set[int]) -> None:
-        answers, complaints = _ask(grid, strangers, self._backbone_sha256, timeout=_NEWCOMER_PATIENCE_SECONDS)
+        hashes = self._backbone_sha256, self._data_sha256
+        answers, complaints = _ask(grid, strangers, *hashes, timeout=_NEWCOMER_PATIENCE_SECONDS)
         for complaint in complaints:
             logger.warning("%s", complaint)
         for node_id, info in answers.items():
@@ -98,6 +104,28 @@ class RollCall:
         return client == info.partition_id
 
 
+def numbered_as_before(clients: Mapping[int, ClientInfo], partition: Mapping[str, Any]) -> dict[int, ClientInfo]:
+    """The clients with rows of their own under the numbers that they had when the run began, by which it samples them.
+
+    A node id is another one after a restart without authentication. So they are known again by how many rows of each
+    task they have; of several with the same counts the one with the lower node id gets the lower number.
+
+    Args:
+        clients: node id -> client, in order of the node ids.
+        partition: what the run's folder says of its clients, see `RunFolder.partition`.
+
+    Returns:
+        Node id -> client, in order of the numbers; unchanged where these are not the run's clients.
+    """
+    left, numbered = dict(clients), {}
+    for entry in sorted(partition["clients"], key=lambda entry: int(entry["partition-id"])):
+        per_task = Counter(entry["per-task"])
+        same = [node_id for node_id, info in left.items() if Counter(info.own_rows) == per_task]
+        if same:
+            numbered[same[0]] = replace(left.pop(same[0]), partition_id=entry["partition-id"])
+    return numbered if len(numbered) == len(clients) == len(partition["clients"]) else dict(clients)
+
+
 def with_own_rows(setting: Setting, clients: Mapping[int, ClientInfo]) -> Setting:
     """The setting with the clients' own rows: how many of each task every client has, and not which.
 
@@ -109,7 +137,7 @@ def with_own_rows(setting: Setting, clients: Mapping[int, ClientInfo]) -> Settin
         own_rows = info.own_rows or {}
         if unknown := sorted(set(own_rows) - set(setting.tasks)):
             raise InputError(
-                f"Node {node_id} has rows of the task {unknown[0]!r}, which is none of the server's "
+                f"Node {node_id} has rows of the task {shortened(repr(unknown[0]))}, which is none of the server's "
                 f"({', '.join(setting.tasks)}); name the tasks of the federation in `tasks`."
             )
         per_task = {task: own_rows.get(task, 0) for task in setting.tasks}
@@ -135,16 +163,16 @@ def _number(clients: Mapping[int, ClientInfo], num_clients: int) -> dict[int, Cl
 
 
 def _ask(
-    grid: Grid, node_ids: list[int], backbone_sha256: str, timeout: float
+    grid: Grid, node_ids: list[int], backbone_sha256: str, data_sha256: str, timeout: float
 ) -> tuple[dict[int, ClientInfo], list[str]]:
-    """Who the nodes are, and what is wrong with those that did not tell or have other weights."""
+    """Who the nodes are, and what is wrong with those that did not tell, or have other weights or rows."""
     questions = [
         Message(content=RecordDict(), message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in node_ids
     ]
     clients: dict[int, ClientInfo] = {}
     reasons: dict[int, object] = dict.fromkeys(node_ids, "no answer in time who it is; its log may say why")
     for reply in grid.send_and_receive(questions, timeout=timeout):
-        node_id = node_asked(reply, questions)
+        node_id = reply.metadata.src_node_id
         if reply.has_error():
             reasons[node_id] = error_text(reply)
             continue
@@ -152,7 +180,13 @@ def _ask(
             info = decode_info(reply.content)
             if info.backbone_sha256 != backbone_sha256:
                 raise InputError(
-                    "it has other weights under the name of backbone or gate-embedding; copy the server's folder there"
+                    "it has other weights under the name of backbone or gate-embedding; copy the server's folder there "
+                    "and start it again"
+                )
+            if info.own_rows is None and info.data_sha256 != data_sha256:
+                raise InputError(
+                    "it has other rows than the server, whose are to be dealt; give its machine the same data (by "
+                    "data-path, MOPS_DOLLY or MOPS_SUPER_NI, or `mops-fl fetch`) and start it again"
                 )
             clients[node_id] = info
         except InputError as error:

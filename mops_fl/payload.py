@@ -9,10 +9,11 @@ Evaluate `arrays`, `frozen` as above, neither for the bare model
          `config`   tasks, by name
 Reply    `metrics`  loss-sum (nats), num-tokens and num-rows of each task, gate-mass (task after task, each expert)
 Query    nothing
-Reply    `config`   partition-id, num-examples, trainer (clients that name the same one can be trained together); if
-                    the rows are the client's own also its tasks and the rows-per-task
+Reply    `config`   partition-id, num-examples, trainer (clients that name the same one can be trained together),
+                    backbone-sha256, data-sha256; if the rows are the client's own also its tasks and the rows-per-task
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +104,8 @@ class ClientInfo:
         trainer: name of the resident trainer that works for it.
         backbone_sha256: of the weights it trains on, see `mops_fl.compressed.backbone_sha256`.
         own_rows: if its rows are its own and no part of a shared set, how many it has of each of its tasks.
+        data_sha256: of the shared set that its rows are dealt from, see `mops_fl.data.TaskData`; empty if they are
+            its own.
     """
 
     partition_id: int
@@ -110,6 +113,7 @@ class ClientInfo:
     trainer: str
     backbone_sha256: str
     own_rows: Mapping[str, int] | None = None
+    data_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,9 +197,15 @@ def encode_result(result: TrainResult) -> RecordDict:
     return RecordDict({ARRAYS: to_record(result.adapter), METRICS: metrics})
 
 
+def printable(text: str) -> str:
+    """Text of somebody else's without colours and other characters that a terminal would obey."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
+    return "".join(char for char in plain if char.isprintable() or char in "\n\t")
+
+
 def shortened(value: object) -> str:
-    """A value of somebody else's as it may stand in a message."""
-    text = str(value)
+    """A value of somebody else's as it may stand in a sentence."""
+    text = " ".join(printable(str(value)[:1000]).split())
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
@@ -207,6 +217,7 @@ def encode_info(info: ClientInfo) -> RecordDict:
             "num-examples": info.num_examples,
             "trainer": info.trainer,
             "backbone-sha256": info.backbone_sha256,
+            "data-sha256": info.data_sha256,
         }
     )
     if info.own_rows is not None:
@@ -222,7 +233,7 @@ def decode_info(content: RecordDict) -> ClientInfo:
         InputError: it is not one.
     """
     config: dict[str, Any] = dict(content.config_records.get(CONFIG, {}))
-    kinds = {"partition-id": int, "num-examples": int, "trainer": str, "backbone-sha256": str}
+    kinds = {"partition-id": int, "num-examples": int, "trainer": str, "backbone-sha256": str, "data-sha256": str}
     if any(type(config.get(name)) is not kind for name, kind in kinds.items()) or config["num-examples"] < 0:
         raise InputError(f"It answers {shortened(config)}, not who it is; update its software.")
     return ClientInfo(
@@ -231,6 +242,7 @@ def decode_info(content: RecordDict) -> ClientInfo:
         config["trainer"],
         config["backbone-sha256"],
         _own_rows(config),
+        config["data-sha256"],
     )
 
 

@@ -88,6 +88,10 @@ def checked_sums(content: RecordDict, num_tasks: int, num_experts: int, tokens_p
         raise InputError(f"Metric num-tokens is {shortened(num_tokens)}, more than so few rows can have.")
     if any(loss > _MOST_LOSS * n for loss, n in zip(metrics["loss-sum"], num_tokens, strict=True)):
         raise InputError(f"Metric loss-sum is {shortened(metrics['loss-sum'])}, more than any loss of so few tokens.")
+    for task in range(num_tasks):
+        mass = sum(metrics["gate-mass"][task * num_experts : (task + 1) * num_experts])
+        if mass > num_rows[task] * (1 + _ROUNDING):
+            raise InputError(f"Metric gate-mass adds up to {mass:g} in a task, more than its {num_rows[task]} rows.")
     return EvaluateResult(**{name.replace("-", "_"): tuple(metrics[name]) for name in lengths})
 
 
@@ -97,12 +101,13 @@ def _check_array(name: str, array: Array, expected: Array) -> None:
     try:
         values = array.numpy()
     except Exception as error:  # numpy hands a header to Python's parser, which fails in many ways
-        raise InputError(f"Array {name} cannot be decoded ({error}).") from error
+        raise InputError(f"Array {name} cannot be decoded ({shortened(error)}).") from error
     if not isinstance(values, np.ndarray):  # numpy opens an archive of arrays just as well
         raise InputError(f"Array {name} cannot be decoded (it is a {type(values).__name__}).")
     for shape, dtype in ((array.shape, array.dtype), (values.shape, values.dtype)):
         if (tuple(shape), str(dtype)) != (tuple(expected.shape), expected.dtype):
-            raise InputError(f"Array {name} is {dtype} {tuple(shape)}, not {expected.dtype} {tuple(expected.shape)}.")
+            found = shortened(f"{dtype} {tuple(shape)}")
+            raise InputError(f"Array {name} is {found}, not {expected.dtype} {tuple(expected.shape)}.")
     if not np.isfinite(values).all():
         raise InputError(f"Array {name} holds values that are not finite; lower the client's learning rate.")
 

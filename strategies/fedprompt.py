@@ -19,7 +19,7 @@ from mops_fl.errors import InputError, RunError
 from mops_fl.payload import ARRAYS, METRICS, TrainResult, encode_request, encode_result, from_record, shortened
 from mops_fl.reply_check import ReplyLimits, check_result
 from strategies.aggregation import Aggregate
-from strategies.replies import error_text, node_asked
+from strategies.replies import error_text
 from strategies.sampling import ClientSampler
 from strategies.screening import overlong_updates
 from strategies.totals import WEIGHT, num_bytes, sum_metrics
@@ -138,7 +138,6 @@ class FedPrompt(FedAvg):
         self._server_weight = server_weight
         self._sent = ArrayRecord()
         self._asked: dict[int, int] = {}  # partition id -> node id
-        self._messages: list[Message] = []
         self._absent: frozenset[int] = frozenset()  # of those the partition ids whose node is not connected
         self._bytes_down = 0
 
@@ -161,11 +160,10 @@ class FedPrompt(FedAvg):
         self._absent = frozenset(client for client, node_id in self._asked.items() if node_id not in connected)
         present = [(client, cohort) for client, cohort in asked if client not in self._absent]
         self._bytes_down = sum(num_bytes(contents[cohort]) for _, cohort in present)
-        self._messages = [
+        return [
             Message(contents[cohort], message_type=MessageType.TRAIN, dst_node_id=self._asked[client])
             for client, cohort in present
         ]
-        return self._messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -235,8 +233,7 @@ class FedPrompt(FedAvg):
     def _screen(self, replies: Iterable[Message]) -> tuple[list[Message], tuple[Failure, ...]]:
         """The usable replies and the failures, each in the order of the partition ids."""
         client_of = {node_id: client for client, node_id in self._asked.items()}
-        # Of a node that is gone the SuperLink says so, in its own name.
-        by_client = {client_of.get(node_asked(reply, self._messages), -1): reply for reply in replies}
+        by_client = {client_of.get(reply.metadata.src_node_id, -1): reply for reply in replies}
         reasons = {client: self._failure(client, by_client.get(client)) for client in sorted(self._asked)}
         usable = {client: by_client[client] for client, reason in reasons.items() if reason is None}
         updates = {client: reply.content.array_records[ARRAYS] for client, reply in usable.items()}

@@ -98,8 +98,9 @@ def test_replies_hold_the_adapter_counts_and_sums_and_not_a_byte_of_a_row(answer
     assert set(info) == {CONFIG}
     assert {name: type(value) for name, value in info.config_records[CONFIG].items()} == {
         "partition-id": int, "num-examples": int, "trainer": str, "backbone-sha256": str,
-        "tasks": list, "rows-per-task": list,
+        "data-sha256": str, "tasks": list, "rows-per-task": list,
     }  # fmt: skip
+    assert info.config_records[CONFIG]["data-sha256"] == ""  # rows could be guessed by it
     assert set(trained) == {ARRAYS, METRICS}
     assert {name: array.shape for name, array in trained.array_records[ARRAYS].items()} == {
         name: array.shape for name, array in start.adapter.items()

@@ -17,6 +17,7 @@ from experiments.run_folder import RunFolder, series
 from experiments.runtimes import run_inline
 from mops_fl.adapter_folder import load_adapter
 from mops_fl.payload import ARRAYS, METRICS, from_record, to_record
+from mops_fl.sources import sample_path
 from strategies.fedprompt import FedPrompt, RoundError
 
 pytestmark = pytest.mark.usefixtures("command_in_process")
@@ -284,3 +285,15 @@ def test_run_that_flower_itself_starts_says_that_it_failed(run_config, tmp_path,
     with pytest.raises(RoundError):
         run_inline(AppFolder.find("experiments.dolly"), values, catch_signals=lambda: None)
     assert RunFolder.open(tmp_path / "run").summary["status"] == "failed"
+
+
+def test_clients_that_have_other_rows_are_refused_before_the_first_round(command, run_config, tmp_path, monkeypatch):
+    lines = sample_path().read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "real.jsonl").write_text("".join(lines[::-1]), encoding="utf-8")
+    elsewhere = trainer.Trainer(run_config())  # that machine has the bundled sample
+    monkeypatch.setattr(client_app, "connect", lambda run_config, own_data="": elsewhere)
+    code, _, errors = command("--data", str(tmp_path / "real.jsonl"))
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert "cannot take part: it has other rows than the server" in errors
+    assert not (tmp_path / "run/metrics.jsonl").exists()

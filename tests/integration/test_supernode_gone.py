@@ -32,6 +32,7 @@ import json
 import numpy as np
 from flwr.serverapp import ServerApp
 from experiments.nodes import RollCall, find_clients
+from experiments.reply_guard import ReplyGuard
 from mops_fl.payload import to_record
 from mops_fl.reply_check import ReplyLimits
 from strategies.aggregation import AggregationConfig, build_aggregate
@@ -47,12 +48,13 @@ def on_round(report):
 
 @app.main()
 def main(grid, context):
-    clients = find_clients(grid, 2, "weights", patience_seconds=60)
+    grid = ReplyGuard(grid)
+    clients = find_clients(grid, 2, "weights", "", patience_seconds=60)
     sampler = ClientSampler(clients, clients_per_round=2, cohort_size=1, seed=0)
     strategy = FedPrompt(
         sampler, weighting="uniform", aggregate=build_aggregate(AggregationConfig("mean", 0.2, 0, 1, 0.0, 1)),
         acceptance=Acceptance(ReplyLimits(5, 2, 100), 0.0, 1), frozen=to_record({{}}), rounds_done=0,
-        on_round=on_round, connected=RollCall(sampler, "weights"),
+        on_round=on_round, connected=RollCall(sampler, "weights", ""),
     )
     strategy.start(grid=grid, initial_arrays=to_record({{"w": np.zeros(3, np.float32)}}), num_rounds=200, timeout=120)
 """

@@ -34,7 +34,7 @@ RESULT = TrainResult(
     adapter=ADAPTER, num_examples=5, num_steps=2, num_tokens=40, loss_sum=81.25, seconds=0.5, gate_mass=(1.25, 0.75)
 )
 
-INFO = {"partition-id": 1, "num-examples": 3, "trainer": "a", "backbone-sha256": "c0ffee"}
+INFO = {"partition-id": 1, "num-examples": 3, "trainer": "a", "backbone-sha256": "c0ffee", "data-sha256": "5eed"}
 LIMITS = ReplyLimits(num_steps=2, rows_per_step=1, tokens_per_row=20)
 
 
@@ -83,11 +83,11 @@ def test_reply_carries_the_adapter_and_its_metrics_and_nothing_else():
 
 
 def test_info_arrives_as_it_was():
-    info = ClientInfo(partition_id=12, num_examples=0, trainer="gpu-1", backbone_sha256="ab")
+    info = ClientInfo(partition_id=12, num_examples=0, trainer="gpu-1", backbone_sha256="ab", data_sha256="cd")
     content = through_the_wire(encode_info(info))
     assert decode_info(content) == info
     assert set(content) == {"config"}
-    assert set(content["config"]) == {"partition-id", "num-examples", "trainer", "backbone-sha256"}
+    assert set(content["config"]) == {"partition-id", "num-examples", "trainer", "backbone-sha256", "data-sha256"}
 
 
 def test_arrays_that_are_not_contiguous_arrive_as_they_look():
@@ -190,7 +190,9 @@ def test_answer_that_does_not_say_who_a_node_is_is_refused(config):
 
 
 def test_answer_that_says_who_a_node_is_is_taken():
-    assert decode_info(RecordDict({"config": ConfigRecord(INFO)})) == ClientInfo(1, 3, "a", "c0ffee")
+    assert decode_info(RecordDict({"config": ConfigRecord(INFO)})) == ClientInfo(
+        1, 3, "a", "c0ffee", data_sha256="5eed"
+    )
 
 
 @pytest.mark.parametrize("name", ["num-examples", "num-steps", "num-tokens", "loss-sum", "seconds", "gate-mass"])

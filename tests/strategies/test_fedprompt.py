@@ -87,7 +87,6 @@ def broken_replies(asked):
     """Client 1 fails in each way there is; what it is said to have done."""
     nan = result([np.nan, 0])
     gone = Message(Error(code=4, reason="node unavailable"), reply_to=asked.message_to(1))
-    gone.metadata.__dict__["_src_node_id"] = 1  # the SuperLink answers in its own name
     refused = RecordDict({"metrics": MetricRecord({"num-examples": 1})})
     return [
         ([Message(Error(code=2, reason="it broke"), reply_to=asked.message_to(1))], "it broke"),

@@ -11,8 +11,8 @@ START = {"prompts": np.zeros((1, 2), np.float32)}
 GOOD = TrainResult({"prompts": np.ones((1, 2), np.float32)}, 3, 2, 10, 5.0, 0.25, ())
 
 
-def array(data, stype="numpy.ndarray"):
-    return ArrayRecord({"prompts": Array("float32", (1, 2), stype, data)})
+def array(data, stype="numpy.ndarray", dtype="float32", shape=(1, 2)):
+    return ArrayRecord({"prompts": Array(dtype, shape, stype, data)})
 
 
 def of_numpy(values):
@@ -60,3 +60,26 @@ def test_hostile_reply_is_refused_and_the_others_are_averaged(ask, record, conte
     (failure,) = asked.reports[0].failures
     assert (failure.client, failure.node_id) == (0, 90)
     assert failure.reason.startswith("refused: ")
+
+
+TERMINAL = "\x1b]0;owned\x07\x1b[2J\x1b[H\x1b[32mround 20/20: all is well\x1b[0m\r\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(array(b"", stype=TERMINAL), id="serialisation"),
+        pytest.param(array(of_numpy(np.zeros((1, 2), np.float32)), dtype=TERMINAL), id="dtype"),
+        pytest.param(array(of_numpy(np.zeros((1, 2), np.float32)), dtype="x" * 1_000_000), id="long dtype"),
+        pytest.param(array(of_numpy(np.zeros((1, 2), np.float32)), shape=tuple(range(100_000))), id="long shape"),
+        pytest.param(ArrayRecord({TERMINAL: Array(np.zeros(2, np.float32))}), id="name"),
+    ],
+)
+def test_refusal_is_a_short_line_that_a_terminal_only_shows(ask, content):
+    asked = ask(FedPrompt, START, num_clients=2)
+    hostile = encode_result(GOOD)
+    hostile["arrays"] = content
+    asked.strategy.aggregate_train(1, [asked.reply_with(0, hostile), asked.reply(1, GOOD)])
+    (failure,) = asked.reports[0].failures
+    assert failure.reason.isprintable()
+    assert len(failure.reason) < 400
