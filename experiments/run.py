@@ -16,7 +16,7 @@ from experiments.display import Display
 from experiments.durable import writing
 from experiments.model_card import model_card
 from experiments.report import print_perplexity_table, write_report
-from experiments.run_folder import PARTITION, RunFolder
+from experiments.run_folder import PARTITION, RunFolder, only_finite
 from mops_fl.adapter_folder import RUN_ADAPTER, AdapterDescription, SavedAdapter, save_adapter
 from mops_fl.config import Scalar
 from mops_fl.errors import InputError
@@ -57,9 +57,11 @@ class Run(ABC):
             self._folder = RunFolder.open(path)
             self._claim = self._folder.claim()
             _require_same_run(self._folder, run_config, setting)
-            self._folder.write_config({**run_config, "output-dir": str(path), "resume": False})
             self._checkpoint = load_checkpoint(path)
-            self._folder.rewind(self._checkpoint.progress.rounds_done if self._checkpoint else -1)
+            rounds_done = self._checkpoint.progress.rounds_done if self._checkpoint else -1
+            _require_no_more_rounds(path, rounds_done, config.federation.num_server_rounds)
+            self._folder.write_config({**run_config, "output-dir": str(path), "resume": False})
+            self._folder.rewind(rounds_done)
         else:
             self._folder = RunFolder.create(path, {**run_config, "output-dir": str(path)})
             self._claim = self._folder.claim()
@@ -83,7 +85,10 @@ class Run(ABC):
                 checkpoint = self._checkpoint = self._checkpoint or self._prepare()
                 self._round_began = time.monotonic()
                 self._display.begin_rounds()
-                self._train(checkpoint)
+                if self._progress.rounds_done < self._config.federation.num_server_rounds:
+                    self._train(checkpoint)
+                elif not self._last_is_measured():  # it was not to be the last one when it was made
+                    self._after_round(checkpoint.adapter, checkpoint.frozen, checkpoint.optimizer)
             self._finish(self._checkpoint)
         except Exception:
             self._folder.mark("failed")
@@ -93,7 +98,7 @@ class Run(ABC):
 
     @abstractmethod
     def _train(self, checkpoint: Checkpoint) -> None:
-        """Train from the checkpoint on; call `_after_training` and `_after_round` for every round."""
+        """Train the rounds after the checkpoint; call `_after_training` and `_after_round` for each."""
 
     def _evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
         """Measure an adapter."""
@@ -156,6 +161,15 @@ class Run(ABC):
             self._display.evaluation(progress.rounds_done, progress.perplexity)
         self._save(adapter, frozen, optimizer or {})
         self._round_began = time.monotonic()
+
+    def _last_is_measured(self) -> bool:
+        """Whether the newest perplexity is the last round's; what a process left that died while logging it is not."""
+        logged = [
+            entry["value"]
+            for entry in self._folder.metrics()
+            if (entry["round"], entry["metric"], entry["task"]) == (self._progress.rounds_done, "perplexity", "all")
+        ]
+        return logged[-1:] == [only_finite(self._progress.perplexity["all"])]
 
     def _save(self, adapter: Arrays, frozen: Arrays, optimizer: Arrays) -> Checkpoint:
         self._progress.elapsed_seconds = time.monotonic() - self._began
@@ -279,6 +293,14 @@ def _require_same_run(folder: RunFolder, run_config: Mapping[str, Scalar], setti
     if folder.partition and _rows_of_clients(folder.partition) != _rows_of_clients(setting.manifest):
         raise InputError(
             f"{folder.path} was begun with other rows at its clients than they have now; bring those back."
+        )
+
+
+def _require_no_more_rounds(path: Path, rounds_done: int, num_server_rounds: int) -> None:
+    if rounds_done > num_server_rounds:
+        raise InputError(
+            f"{path} has {rounds_done} rounds done, more than `num-server-rounds`, which is {num_server_rounds}; "
+            f"give {rounds_done} or more."
         )
 
 

@@ -117,6 +117,24 @@ def test_resuming_a_run_that_has_ended_writes_its_adapter_again(run, tmp_path):
     assert measured(resumed) == measured(whole)
 
 
+def test_run_that_is_to_end_earlier_is_measured_after_its_last_round(run):
+    straight = run("straight", num_server_rounds=2, evaluate_every=3)
+    longer = run("run", num_server_rounds=3, evaluate_every=3)
+    (longer.path / "checkpoints/round-000003.safetensors").unlink()  # as if it was cut off in round 3
+    shorter = run("run", num_server_rounds=2, evaluate_every=3, resume=True)
+    assert shorter.summary["perplexity"] == straight.summary["perplexity"]
+    assert measured(shorter) == measured(straight)
+    assert adapter_bits(shorter.path) == adapter_bits(straight.path)
+
+
+def test_run_that_has_more_rounds_than_it_is_to_have_is_not_gone_on_with(run):
+    config = run("run").path / "config.toml"
+    before = config.read_bytes()
+    with pytest.raises(InputError, match="has 2 rounds done, more than `num-server-rounds`, which is 1; give 2 or mor"):
+        run("run", num_server_rounds=1, resume=True)
+    assert config.read_bytes() == before
+
+
 def test_run_is_not_gone_on_with_on_other_values(run):
     run("run", num_server_rounds=1)
     with pytest.raises(InputError, match=r"was begun with lr = 0.01, not 0.02"):
