@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PARTITION = "partition.json"
+RELEASES = "releases.json"
 LOCK = ".lock"
 COPIED = ("method", "backbone", "compression", "quantization", "dataset", "seed")
 ALL_TASKS = "all"
@@ -92,7 +94,7 @@ class RunFolder:
         if not isinstance(manifest.get("config"), dict):
             raise InputError(f"{path / CONFIG} has no [config] table; restore it or run again.")
         run = cls(path, manifest)
-        _ = run.summary, run.partition, run.metrics()
+        _ = run.summary, run.partition, run.releases(), run.metrics()
         return run
 
     @property
@@ -149,6 +151,16 @@ class RunFolder:
         """Return when every line logged so far would outlive a loss of power."""
         with writing(self.path / METRICS), (self.path / METRICS).open("ab") as file:
             os.fsync(file.fileno())
+
+    def note_release(self, round: int) -> None:
+        """Count that a round's result is about to leave the server; returns when this would outlive a loss of power."""
+        releases = self.releases()
+        releases[round] += 1
+        self.write_json(RELEASES, releases)
+
+    def releases(self) -> Counter[int]:
+        """How often each round's result was about to leave the server; of rounds without noise nothing is noted."""
+        return Counter({int(number): times for number, times in (self._read_json(RELEASES) or {}).items()})
 
     def claim(self) -> BinaryIO:
         """Keep other processes from writing here, until the file that is returned is closed.

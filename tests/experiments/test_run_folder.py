@@ -83,6 +83,15 @@ def test_rewinding_drops_later_rounds_and_leaves_every_other_byte(tmp_path: Path
     assert run.metrics() == []
 
 
+def test_releases_are_counted_by_round_and_stay_when_the_run_is_rewound(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    assert not run.releases()
+    for number in (1, 2, 2):
+        run.note_release(number)
+    run.rewind(-1)
+    assert RunFolder.open(tmp_path).releases() == {1: 1, 2: 2}
+
+
 def test_series_is_in_order_of_rounds_and_a_repeated_round_counts_once(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, CONFIG)
     for number, value in ((0, 9.0), (10, 7.0), (5, 8.0), (10, 6.0)):
@@ -93,7 +102,7 @@ def test_series_is_in_order_of_rounds_and_a_repeated_round_counts_once(tmp_path:
     assert task_names(run.metrics()) == ["open_qa"]
 
 
-@pytest.mark.parametrize("name", ["config.toml", "summary.json", "partition.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.toml", "summary.json", "partition.json", "releases.json", "metrics.jsonl"])
 def test_open_names_the_corrupt_file(make_run, name: str) -> None:
     run = make_run()
     (run.path / name).write_text("{ half a file\n")
