@@ -28,6 +28,8 @@ from strategies.fedprompt import RoundReport
 # What a run that is gone on with may have otherwise than when it began: none of it changes what a round comes to.
 _MAY_CHANGE = {"output-dir", "resume", "data-path", "num-server-rounds", "evaluate-every", "round-timeout"}
 _MAY_CHANGE |= {"cache-megabytes", "cache-file-megabytes", "min-replies"}
+_MAY_CHANGE |= {"dtype"}  # "auto" may come to another elsewhere, so what it comes to is compared
+_PROGRAMS = {"federated": "flower-simulation", "central": "mops-fl train"}
 
 
 class Run(ABC):
@@ -56,6 +58,7 @@ class Run(ABC):
         if config.federation.resume:
             self._folder = RunFolder.open(path)
             self._claim = self._folder.claim()
+            require_training(self._folder, self.training)
             _require_same_run(self._folder, run_config, setting)
             self._checkpoint = load_checkpoint(path)
             rounds_done = self._checkpoint.progress.rounds_done if self._checkpoint else -1
@@ -275,6 +278,17 @@ class Run(ABC):
         return tuple(tasks[expert % len(tasks) :: num_experts] for expert in range(num_experts))
 
 
+def require_training(folder: RunFolder, training: str) -> None:
+    """Refuse to go on with a run of the other kind.
+
+    Raises:
+        InputError: it is one.
+    """
+    found = (folder.summary or {}).get("training", training)
+    if found != training:
+        raise InputError(f"{folder.path} is a {found} run; go on with it by `{_PROGRAMS[found]} --resume`.")
+
+
 def _require_same_run(folder: RunFolder, run_config: Mapping[str, Scalar], setting: Setting) -> None:
     for key, value in folder.config.items():
         if key not in _MAY_CHANGE and run_config.get(key, value) != value:
@@ -283,6 +297,11 @@ def _require_same_run(folder: RunFolder, run_config: Mapping[str, Scalar], setti
                 "values, or give another output-dir."
             )
     summary = folder.summary or {}
+    if summary.get("dtype", setting.dtype) != setting.dtype:
+        raise InputError(
+            f"{folder.path} was begun in {summary['dtype']}, but `dtype` = {run_config['dtype']!r} comes to "
+            f"{setting.dtype} here; set it to {summary['dtype']!r} (for --resume in the run's config.toml)."
+        )
     if summary.get("data_sha256", setting.data_sha256) != setting.data_sha256:
         raise InputError(
             f"{folder.path} was begun on other rows ({summary['data_description']}) than there are now "

@@ -29,7 +29,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "ClientAppActor.terminate")
 from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
 from experiments.display import own_traceback
-from experiments.run import default_output_dir
+from experiments.run import default_output_dir, require_training
 from experiments.run_folder import CONFIG, RunFolder, require_empty
 from experiments.runtimes import Backend, run_inline, run_on_ray
 from experiments.signals import raise_on_signals
@@ -38,7 +38,6 @@ from mops_fl.config import Scalar
 from mops_fl.errors import InputError, RunError
 from mops_fl.sources import resolve_data
 
-_PROGRAMS = {"federated": "flower-simulation", "central": "mops-fl train"}
 _BACKENDS: dict[str, Backend] = {"ray": run_on_ray, "inline": run_inline}
 
 
@@ -126,9 +125,7 @@ def _resumed_config(
     if overrides:
         raise InputError("--resume goes on with the run's own configuration; leave all other options away.")
     interrupted = RunFolder.open(folder)
-    found = (interrupted.summary or {}).get("training", training)
-    if found != training:
-        raise InputError(f"{folder} is a {found} run; go on with it by `{_PROGRAMS[found]} --resume`.")
+    require_training(interrupted, training)
     run_config = {**app_config, **interrupted.config}
     return {**run_config, "output-dir": str(folder.absolute()), "resume": True}
 

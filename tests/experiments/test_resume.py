@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import tomli_w
+import torch
 
 from clients import resident
 from clients import trainer as trainer_module
@@ -140,6 +141,23 @@ def test_run_is_not_gone_on_with_on_other_values(run):
     with pytest.raises(InputError, match=r"was begun with lr = 0.01, not 0.02"):
         run("run", resume=True, lr=0.02)
     assert run("run", resume=True, num_server_rounds=2, round_timeout=99.0).summary["rounds"] == 2
+
+
+def test_run_is_not_gone_on_with_where_auto_comes_to_another_dtype(run, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    run("run", num_server_rounds=1, dtype="auto")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pytest.raises(InputError, match="was begun in bfloat16, but `dtype` = 'auto' comes to float32 here; set it"):
+        run("run", resume=True, dtype="auto")
+    assert run("run", resume=True, dtype="bfloat16").summary["rounds"] == 2
+
+
+def test_central_run_is_not_gone_on_with_as_a_federation_by_the_server_app(run):
+    begun = run("run", num_server_rounds=1)
+    begun.write_summary({**begun.summary, "training": "central"})
+    with pytest.raises(InputError, match="is a central run; go on with it by `mops-fl train --resume`"):
+        run("run", resume=True)
 
 
 def test_run_is_not_gone_on_with_on_other_rows(run, tmp_path):
