@@ -100,6 +100,10 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace, training: str) -> 
         run_config = _resumed_config(args.resume, app.run_config(()), overrides, training)
     else:
         run_config = app.run_config(args.run_config)
+        if run_config.get("resume"):
+            raise InputError(
+                "The key `resume` is for `flwr run`; here, go on with `--resume RUN` in place of --run-config."
+            )
         run_config["output-dir"] = str(Path(str(run_config["output-dir"] or default_output_dir(run_config))).absolute())
     if args.data:
         run_config["data-path"] = str(args.data)

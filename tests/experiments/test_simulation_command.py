@@ -123,6 +123,12 @@ def test_folder_of_a_finished_run_returns_2_and_is_left_alone(command, tmp_path)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_the_key_resume_is_answered_with_the_option_of_that_name(command, tmp_path):
+    assert command(num_server_rounds=1)[0] == 0
+    for folder in ("run", "new"):
+        assert_refused(command(resume=True, output_dir=str(tmp_path / folder)), "go on with `--resume RUN` in place of")
+
+
 def test_resume_of_no_run_returns_2(command, tmp_path):
     assert_refused(command("--resume", str(tmp_path / "nothing"), configured=False), "is not a run folder")
 
