@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -17,19 +16,24 @@ from experiments.durable import writing
 from experiments.model_card import model_card
 from experiments.report import print_perplexity_table, write_report
 from experiments.run_folder import PARTITION, RunFolder, only_finite
+from experiments.same_run import require_no_more_rounds, require_same_run, require_training
 from mops_fl.adapter_folder import RUN_ADAPTER, AdapterDescription, SavedAdapter, save_adapter
 from mops_fl.config import Scalar
-from mops_fl.errors import InputError
 from mops_fl.evaluation import Evaluation
 from mops_fl.methods import METHODS
 from mops_fl.payload import Arrays
 from strategies.fedprompt import RoundReport
 
-# What a run that is gone on with may have otherwise than when it began: none of it changes what a round comes to.
-_MAY_CHANGE = {"output-dir", "resume", "data-path", "num-server-rounds", "evaluate-every", "round-timeout"}
-_MAY_CHANGE |= {"cache-megabytes", "cache-file-megabytes", "min-replies"}
-_MAY_CHANGE |= {"dtype"}  # "auto" may come to another elsewhere, so what it comes to is compared
-_PROGRAMS = {"federated": "flower-simulation", "central": "mops-fl train"}
+_UNDER_WAY: "set[Run]" = set()  # of this process, in whichever thread
+
+
+def mark_interrupted() -> None:
+    """Say in the summary of every run that this process writes that it was interrupted.
+
+    For whoever gets the signal: on Ray the run is in another thread. A run that another process writes may go on.
+    """
+    for run in tuple(_UNDER_WAY):
+        run._folder.mark("interrupted")
 
 
 class Run(ABC):
@@ -59,10 +63,10 @@ class Run(ABC):
             self._folder = RunFolder.open(path)
             self._claim = self._folder.claim()
             require_training(self._folder, self.training)
-            _require_same_run(self._folder, run_config, setting)
+            require_same_run(self._folder, run_config, setting)
             self._checkpoint = load_checkpoint(path)
             rounds_done = self._checkpoint.progress.rounds_done if self._checkpoint else -1
-            _require_no_more_rounds(path, rounds_done, config.federation.num_server_rounds)
+            require_no_more_rounds(path, rounds_done, config.federation.num_server_rounds)
             self._folder.write_config({**run_config, "output-dir": str(path), "resume": False})
             self._folder.rewind(rounds_done)
         else:
@@ -81,6 +85,7 @@ class Run(ABC):
         Raises:
             RunError: a round had too few usable replies, or the run folder cannot be written any more.
         """
+        _UNDER_WAY.add(self)
         try:
             with self._display:
                 self._display.say(f"run folder: {self._folder.path}")
@@ -93,10 +98,11 @@ class Run(ABC):
                 elif not self._last_is_measured():  # it was not to be the last one when it was made
                     self._after_round(checkpoint.adapter, checkpoint.frozen, checkpoint.optimizer)
             self._finish(self._checkpoint)
-        except Exception:
-            self._folder.mark("failed")
+        except BaseException as error:
+            self._folder.mark("failed" if isinstance(error, Exception) else "interrupted")
             raise
         finally:
+            _UNDER_WAY.discard(self)
             self._claim.close()
 
     @abstractmethod
@@ -276,56 +282,6 @@ class Run(ABC):
             return ()
         tasks, num_experts = self._setting.trained_tasks, adapter.num_experts
         return tuple(tasks[expert % len(tasks) :: num_experts] for expert in range(num_experts))
-
-
-def require_training(folder: RunFolder, training: str) -> None:
-    """Refuse to go on with a run of the other kind.
-
-    Raises:
-        InputError: it is one.
-    """
-    found = (folder.summary or {}).get("training", training)
-    if found != training:
-        raise InputError(f"{folder.path} is a {found} run; go on with it by `{_PROGRAMS[found]} --resume`.")
-
-
-def _require_same_run(folder: RunFolder, run_config: Mapping[str, Scalar], setting: Setting) -> None:
-    for key, value in folder.config.items():
-        if key not in _MAY_CHANGE and run_config.get(key, value) != value:
-            raise InputError(
-                f"{folder.path} was begun with {key} = {value!r}, not {run_config[key]!r}; resume it with its own "
-                "values, or give another output-dir."
-            )
-    summary = folder.summary or {}
-    if summary.get("dtype", setting.dtype) != setting.dtype:
-        raise InputError(
-            f"{folder.path} was begun in {summary['dtype']}, but `dtype` = {run_config['dtype']!r} comes to "
-            f"{setting.dtype} here; set it to {summary['dtype']!r} (for --resume in the run's config.toml)."
-        )
-    if summary.get("data_sha256", setting.data_sha256) != setting.data_sha256:
-        raise InputError(
-            f"{folder.path} was begun on other rows ({summary['data_description']}) than there are now "
-            f"({setting.data_description}); bring those back."
-        )
-    if summary.get("backbone_sha256", setting.backbone_sha256) != setting.backbone_sha256:
-        raise InputError(f"{folder.path} was begun with other weights of {summary['backbone']}; bring those back.")
-    if folder.partition and _rows_of_clients(folder.partition) != _rows_of_clients(setting.manifest):
-        raise InputError(
-            f"{folder.path} was begun with other rows at its clients than they have now; bring those back."
-        )
-
-
-def _require_no_more_rounds(path: Path, rounds_done: int, num_server_rounds: int) -> None:
-    if rounds_done > num_server_rounds:
-        raise InputError(
-            f"{path} has {rounds_done} rounds done, more than `num-server-rounds`, which is {num_server_rounds}; "
-            f"give {rounds_done} or more."
-        )
-
-
-def _rows_of_clients(partition: Mapping[str, Any]) -> list[list[tuple[str, int]]]:
-    """How many rows of each task the clients have, in an order that does not depend on how they are numbered."""
-    return sorted(sorted(client["per-task"].items()) for client in partition["clients"])
 
 
 def default_output_dir(run_config: Mapping[str, Scalar]) -> str:

@@ -165,6 +165,8 @@ class RunFolder:
     def claim(self) -> BinaryIO:
         """Keep other processes from writing here, until the file that is returned is closed.
 
+        What a killed process had not finished writing is removed.
+
         Raises:
             InputError: another process writes here.
             RunError: the folder cannot be written.
@@ -176,6 +178,8 @@ class RunFolder:
             except BlockingIOError as error:
                 claim.close()
                 raise InputError(f"{self.path} is being written by another process; wait for it or stop it.") from error
+            for unfinished in self.path.rglob(f"*{PARTIAL}"):
+                unfinished.unlink()
         return claim
 
     def mark(self, status: str) -> None:

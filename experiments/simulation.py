@@ -29,9 +29,10 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "ClientAppActor.terminate")
 from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
 from experiments.display import own_traceback
-from experiments.run import default_output_dir, require_training
-from experiments.run_folder import CONFIG, RunFolder, require_empty
+from experiments.run import default_output_dir, mark_interrupted
+from experiments.run_folder import RunFolder, require_empty
 from experiments.runtimes import Backend, run_inline, run_on_ray
+from experiments.same_run import require_training
 from experiments.signals import raise_on_signals
 from mops_fl.compressed import SeveralPrunedError, resolve_model
 from mops_fl.config import Scalar
@@ -68,7 +69,6 @@ def run_app(program: str, args: argparse.Namespace, backend: Backend, *, trainin
         The exit code.
     """
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the run prints its own progress and failures
-    run_config: dict[str, Scalar] = {}
     code, message = 0, ""
     try:
         app = AppFolder.find(args.app)
@@ -81,7 +81,7 @@ def run_app(program: str, args: argparse.Namespace, backend: Backend, *, trainin
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
         code, message = 128 + number, "interrupted; go on with --resume"
-        _mark_interrupted(run_config)
+        mark_interrupted()
     except Exception:  # the last line of defence: show it, exit with 1
         code, message = 1, traceback.format_exc()
     if message:
@@ -132,13 +132,6 @@ def _resumed_config(
     require_training(interrupted, training)
     run_config = {**app_config, **interrupted.config}
     return {**run_config, "output-dir": str(folder.absolute()), "resume": True}
-
-
-def _mark_interrupted(run_config: dict[str, Scalar]) -> None:
-    """Here, since on Ray the run itself is in another thread than the signal."""
-    path = Path(str(run_config.get("output-dir", "")))
-    if run_config and (path / CONFIG).is_file():
-        RunFolder.open(path).mark("interrupted")
 
 
 def app_options() -> argparse.ArgumentParser:

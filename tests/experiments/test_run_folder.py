@@ -92,6 +92,15 @@ def test_releases_are_counted_by_round_and_stay_when_the_run_is_rewound(tmp_path
     assert RunFolder.open(tmp_path).releases() == {1: 1, 2: 2}
 
 
+def test_claim_removes_what_a_killed_process_had_not_finished_and_nothing_else(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("summary.json.1-2.partial", "checkpoints/a.safetensors.partial", "checkpoints/a.safetensors"):
+        (tmp_path / name).write_text("half")
+    run.claim().close()
+    assert {path.name for path in tmp_path.rglob("*")} == {"config.toml", ".lock", "checkpoints", "a.safetensors"}
+
+
 def test_series_is_in_order_of_rounds_and_a_repeated_round_counts_once(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, CONFIG)
     for number, value in ((0, 9.0), (10, 7.0), (5, 8.0), (10, 6.0)):

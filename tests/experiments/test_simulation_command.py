@@ -195,6 +195,16 @@ def test_signal_ends_the_run_with_its_code_and_a_valid_folder(command, tmp_path,
     assert max(entry["round"] for entry in run.metrics()) == 1
 
 
+def test_signal_to_a_command_that_still_loads_the_model_does_not_mark_another_ones_run(command, tmp_path, monkeypatch):
+    assert command(num_server_rounds=1)[0] == 0
+    run = RunFolder.open(tmp_path / "run")
+    run.write_summary({**run.summary, "status": "running"})
+    monkeypatch.setattr(trainer.Trainer, "setting", lambda self: signal.raise_signal(signal.SIGINT))
+    with run.claim():
+        assert command("--resume", str(tmp_path / "run"), configured=False)[0] == 130
+    assert run.summary["status"] == "running"
+
+
 def test_folder_that_only_looks_like_a_run_returns_2(command, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/summary.json").write_text("{}")
