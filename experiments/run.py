@@ -67,7 +67,7 @@ class Run(ABC):
             self._checkpoint = load_checkpoint(path)
             rounds_done = self._checkpoint.progress.rounds_done if self._checkpoint else -1
             require_no_more_rounds(path, rounds_done, config.federation.num_server_rounds)
-            self._folder.write_config({**run_config, "output-dir": str(path), "resume": False})
+            self._folder.write_resumed({**run_config, "output-dir": str(path), "resume": False})
             self._folder.rewind(rounds_done)
         else:
             self._folder = RunFolder.create(path, {**run_config, "output-dir": str(path)})

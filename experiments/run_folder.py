@@ -62,14 +62,7 @@ class RunFolder:
             InputError: if the folder holds something already, or cannot be written.
         """
         require_empty(path)
-        manifest = {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": _without_token(sys.argv),
-            **git_revision(),
-            "versions": versions(),
-            "machine": machine(),
-        }
-        run = cls(path, manifest)
+        run = cls(path, _process())
         try:
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
@@ -218,6 +211,11 @@ class RunFolder:
         self.manifest = {**self.manifest, "config": dict(config)}
         write_durably(self.path / CONFIG, tomli_w.dumps(self.manifest).encode())
 
+    def write_resumed(self, config: Mapping[str, ConfigValue]) -> None:
+        """Write config.toml with these values, and in `resumed` what process goes on with the run."""
+        self.manifest = {**self.manifest, "resumed": [*self.manifest.get("resumed", []), _process()]}
+        self.write_config(config)
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json in one step: a reader sees the old file or the new one, never half of it."""
         self.write_json(SUMMARY, summary)
@@ -270,6 +268,17 @@ def task_names(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """The tasks whose test perplexity was measured, in the order first written, without "all"."""
     measured = (m["task"] for m in metrics if m["metric"] == "perplexity" and m["split"] == "test")
     return [task for task in dict.fromkeys(measured) if task != ALL_TASKS]
+
+
+def _process() -> dict[str, Any]:
+    """When this process began to write, and what it is."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _without_token(sys.argv),
+        **git_revision(),
+        "versions": versions(),
+        "machine": machine(),
+    }
 
 
 def _without_token(command: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import run_folder
 from experiments.run_folder import COPIED, RunFolder, series, task_names
 from mops_fl.errors import InputError
 
@@ -31,6 +32,17 @@ def test_create_writes_every_value_with_its_type_and_the_surroundings(tmp_path: 
     assert manifest["command"]
     assert manifest["started"].endswith("+00:00")
     assert RunFolder.open(tmp_path / "new/run").config == CONFIG
+
+
+def test_each_process_that_goes_on_with_a_run_is_named_beside_the_first(tmp_path: Path, monkeypatch) -> None:
+    first = RunFolder.create(tmp_path, CONFIG).manifest
+    for version in ("98", "99"):
+        monkeypatch.setattr(run_folder, "versions", lambda version=version: {"torch": version})
+        RunFolder.open(tmp_path).write_resumed({**CONFIG, "seed": 4})
+    found = RunFolder.open(tmp_path)
+    assert [process["versions"] for process in found.manifest["resumed"]] == [{"torch": "98"}, {"torch": "99"}]
+    assert found.manifest["resumed"][0].keys() == first.keys() - {"config"}
+    assert {**found.manifest, "resumed": []} == {**first, "config": {**CONFIG, "seed": 4}, "resumed": []}
 
 
 def test_create_takes_an_empty_folder_and_refuses_a_used_one(tmp_path: Path) -> None:
