@@ -146,6 +146,8 @@ def _run_config(args: argparse.Namespace) -> dict[str, Scalar]:
     given = {key for text in args.run_config for key in parse_config_args([text])}
     if own := [f"`{key}`{option and f' (give {option})'}" for key, option in OWN_KEYS.items() if key in given]:
         raise InputError(f"deploy-demo itself sets {', '.join(own)}; take that out of --run-config.")
+    if values["resume"]:
+        raise InputError("deploy-demo deploys anew each time and cannot go on with a run; take `resume` out.")
     if values["dataset"] != "dolly":
         raise InputError(f"deploy-demo cuts a file in Dolly's columns, but {args.app} is on {values['dataset']}.")
     values |= {

@@ -1,6 +1,7 @@
 """Files that are whole or not there, whenever the process is killed or the machine loses its power."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ def write_durably(path: Path, content: bytes) -> None:
         RunError: it cannot be written.
     """
     with writing(path):
-        temporary = path.with_name(path.name + PARTIAL)
+        # Of this thread alone: on Ray the run and the signal that ends it are in two, and both write the summary.
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}")
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()

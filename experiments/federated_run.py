@@ -109,6 +109,7 @@ class FederatedRun(Run):
         def evaluate(server_round: int, arrays: ArrayRecord) -> None:
             # Flower calls this with round 0 before the first round; that state is measured and saved already.
             if server_round:
+                self._note_release()
                 self._after_round(from_record(arrays), checkpoint.frozen)
 
         strategy.start(
@@ -132,10 +133,18 @@ class FederatedRun(Run):
         ratio = 0.0 if self._config.noise.clip_norm else aggregation.max_norm_ratio
         return Acceptance(limits, ratio, max(aggregation.min_replies, needed_replies(aggregation)))
 
+    def _note_release(self) -> None:
+        """Before a noisy adapter can leave: if its round is made again, with other noise, both may have been seen."""
+        if self._config.noise.noise_multiplier:
+            self._folder.note_release(self._progress.rounds_done)
+            self._folder.write_summary({**(self._folder.summary or {}), "privacy": self._privacy()})
+
     def _privacy(self) -> dict[str, float | int | None]:
         """What an onlooker can at most have learnt about any one client from all adapters so far."""
         noise, federation = self._config.noise, self._config.federation
-        participations = self._sampler.most_participations(self._progress.rounds_done)
+        again = self._folder.releases()
+        again.subtract(range(1, self._progress.rounds_done + 1))
+        participations = self._sampler.most_participations(self._progress.rounds_done, again.elements())
         epsilon = None  # unbounded
         if noise.noise_multiplier and participations:
             epsilon = spent_epsilon(

@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -16,18 +15,25 @@ from experiments.display import Display
 from experiments.durable import writing
 from experiments.model_card import model_card
 from experiments.report import print_perplexity_table, write_report
-from experiments.run_folder import PARTITION, RunFolder
+from experiments.run_folder import PARTITION, RunFolder, only_finite
+from experiments.same_run import require_no_more_rounds, require_same_run, require_training
 from mops_fl.adapter_folder import RUN_ADAPTER, AdapterDescription, SavedAdapter, save_adapter
 from mops_fl.config import Scalar
-from mops_fl.errors import InputError
 from mops_fl.evaluation import Evaluation
 from mops_fl.methods import METHODS
 from mops_fl.payload import Arrays
 from strategies.fedprompt import RoundReport
 
-# What a run that is gone on with may have otherwise than when it began: none of it changes what a round comes to.
-_MAY_CHANGE = {"output-dir", "resume", "data-path", "num-server-rounds", "evaluate-every", "round-timeout"}
-_MAY_CHANGE |= {"cache-megabytes", "cache-file-megabytes", "min-replies"}
+_UNDER_WAY: "set[Run]" = set()  # of this process, in whichever thread
+
+
+def mark_interrupted() -> None:
+    """Say in the summary of every run that this process writes that it was interrupted.
+
+    For whoever gets the signal: on Ray the run is in another thread. A run that another process writes may go on.
+    """
+    for run in tuple(_UNDER_WAY):
+        run._folder.mark("interrupted")
 
 
 class Run(ABC):
@@ -56,10 +62,13 @@ class Run(ABC):
         if config.federation.resume:
             self._folder = RunFolder.open(path)
             self._claim = self._folder.claim()
-            _require_same_run(self._folder, run_config, setting)
-            self._folder.write_config({**run_config, "output-dir": str(path), "resume": False})
+            require_training(self._folder, self.training)
+            require_same_run(self._folder, run_config, setting)
             self._checkpoint = load_checkpoint(path)
-            self._folder.rewind(self._checkpoint.progress.rounds_done if self._checkpoint else -1)
+            rounds_done = self._checkpoint.progress.rounds_done if self._checkpoint else -1
+            require_no_more_rounds(path, rounds_done, config.federation.num_server_rounds)
+            self._folder.write_resumed({**run_config, "output-dir": str(path), "resume": False})
+            self._folder.rewind(rounds_done)
         else:
             self._folder = RunFolder.create(path, {**run_config, "output-dir": str(path)})
             self._claim = self._folder.claim()
@@ -76,6 +85,7 @@ class Run(ABC):
         Raises:
             RunError: a round had too few usable replies, or the run folder cannot be written any more.
         """
+        _UNDER_WAY.add(self)
         try:
             with self._display:
                 self._display.say(f"run folder: {self._folder.path}")
@@ -83,17 +93,21 @@ class Run(ABC):
                 checkpoint = self._checkpoint = self._checkpoint or self._prepare()
                 self._round_began = time.monotonic()
                 self._display.begin_rounds()
-                self._train(checkpoint)
+                if self._progress.rounds_done < self._config.federation.num_server_rounds:
+                    self._train(checkpoint)
+                elif not self._last_is_measured():  # it was not to be the last one when it was made
+                    self._after_round(checkpoint.adapter, checkpoint.frozen, checkpoint.optimizer)
             self._finish(self._checkpoint)
-        except Exception:
-            self._folder.mark("failed")
+        except BaseException as error:
+            self._folder.mark("failed" if isinstance(error, Exception) else "interrupted")
             raise
         finally:
+            _UNDER_WAY.discard(self)
             self._claim.close()
 
     @abstractmethod
     def _train(self, checkpoint: Checkpoint) -> None:
-        """Train from the checkpoint on; call `_after_training` and `_after_round` for every round."""
+        """Train the rounds after the checkpoint; call `_after_training` and `_after_round` for each."""
 
     def _evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
         """Measure an adapter."""
@@ -156,6 +170,15 @@ class Run(ABC):
             self._display.evaluation(progress.rounds_done, progress.perplexity)
         self._save(adapter, frozen, optimizer or {})
         self._round_began = time.monotonic()
+
+    def _last_is_measured(self) -> bool:
+        """Whether the newest perplexity is the last round's; what a process left that died while logging it is not."""
+        logged = [
+            entry["value"]
+            for entry in self._folder.metrics()
+            if (entry["round"], entry["metric"], entry["task"]) == (self._progress.rounds_done, "perplexity", "all")
+        ]
+        return logged[-1:] == [only_finite(self._progress.perplexity["all"])]
 
     def _save(self, adapter: Arrays, frozen: Arrays, optimizer: Arrays) -> Checkpoint:
         self._progress.elapsed_seconds = time.monotonic() - self._began
@@ -259,32 +282,6 @@ class Run(ABC):
             return ()
         tasks, num_experts = self._setting.trained_tasks, adapter.num_experts
         return tuple(tasks[expert % len(tasks) :: num_experts] for expert in range(num_experts))
-
-
-def _require_same_run(folder: RunFolder, run_config: Mapping[str, Scalar], setting: Setting) -> None:
-    for key, value in folder.config.items():
-        if key not in _MAY_CHANGE and run_config.get(key, value) != value:
-            raise InputError(
-                f"{folder.path} was begun with {key} = {value!r}, not {run_config[key]!r}; resume it with its own "
-                "values, or give another output-dir."
-            )
-    summary = folder.summary or {}
-    if summary.get("data_sha256", setting.data_sha256) != setting.data_sha256:
-        raise InputError(
-            f"{folder.path} was begun on other rows ({summary['data_description']}) than there are now "
-            f"({setting.data_description}); bring those back."
-        )
-    if summary.get("backbone_sha256", setting.backbone_sha256) != setting.backbone_sha256:
-        raise InputError(f"{folder.path} was begun with other weights of {summary['backbone']}; bring those back.")
-    if folder.partition and _rows_of_clients(folder.partition) != _rows_of_clients(setting.manifest):
-        raise InputError(
-            f"{folder.path} was begun with other rows at its clients than they have now; bring those back."
-        )
-
-
-def _rows_of_clients(partition: Mapping[str, Any]) -> list[list[tuple[str, int]]]:
-    """How many rows of each task the clients have, in an order that does not depend on how they are numbered."""
-    return sorted(sorted(client["per-task"].items()) for client in partition["clients"])
 
 
 def default_output_dir(run_config: Mapping[str, Scalar]) -> str:

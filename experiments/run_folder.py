@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PARTITION = "partition.json"
+RELEASES = "releases.json"
 LOCK = ".lock"
 COPIED = ("method", "backbone", "compression", "quantization", "dataset", "seed")
 ALL_TASKS = "all"
@@ -60,14 +62,7 @@ class RunFolder:
             InputError: if the folder holds something already, or cannot be written.
         """
         require_empty(path)
-        manifest = {
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": _without_token(sys.argv),
-            **git_revision(),
-            "versions": versions(),
-            "machine": machine(),
-        }
-        run = cls(path, manifest)
+        run = cls(path, _process())
         try:
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
@@ -92,7 +87,7 @@ class RunFolder:
         if not isinstance(manifest.get("config"), dict):
             raise InputError(f"{path / CONFIG} has no [config] table; restore it or run again.")
         run = cls(path, manifest)
-        _ = run.summary, run.partition, run.metrics()
+        _ = run.summary, run.partition, run.releases(), run.metrics()
         return run
 
     @property
@@ -150,8 +145,20 @@ class RunFolder:
         with writing(self.path / METRICS), (self.path / METRICS).open("ab") as file:
             os.fsync(file.fileno())
 
+    def note_release(self, round: int) -> None:
+        """Count that a round's result is about to leave the server; returns when this would outlive a loss of power."""
+        releases = self.releases()
+        releases[round] += 1
+        self.write_json(RELEASES, releases)
+
+    def releases(self) -> Counter[int]:
+        """How often each round's result was about to leave the server; of rounds without noise nothing is noted."""
+        return Counter({int(number): times for number, times in (self._read_json(RELEASES) or {}).items()})
+
     def claim(self) -> BinaryIO:
         """Keep other processes from writing here, until the file that is returned is closed.
+
+        What a killed process had not finished writing is removed.
 
         Raises:
             InputError: another process writes here.
@@ -164,6 +171,8 @@ class RunFolder:
             except BlockingIOError as error:
                 claim.close()
                 raise InputError(f"{self.path} is being written by another process; wait for it or stop it.") from error
+            for unfinished in self.path.rglob(f"*{PARTIAL}"):
+                unfinished.unlink()
         return claim
 
     def mark(self, status: str) -> None:
@@ -201,6 +210,11 @@ class RunFolder:
         """Write config.toml with these values and what else it says already."""
         self.manifest = {**self.manifest, "config": dict(config)}
         write_durably(self.path / CONFIG, tomli_w.dumps(self.manifest).encode())
+
+    def write_resumed(self, config: Mapping[str, ConfigValue]) -> None:
+        """Write config.toml with these values, and in `resumed` what process goes on with the run."""
+        self.manifest = {**self.manifest, "resumed": [*self.manifest.get("resumed", []), _process()]}
+        self.write_config(config)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json in one step: a reader sees the old file or the new one, never half of it."""
@@ -254,6 +268,17 @@ def task_names(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """The tasks whose test perplexity was measured, in the order first written, without "all"."""
     measured = (m["task"] for m in metrics if m["metric"] == "perplexity" and m["split"] == "test")
     return [task for task in dict.fromkeys(measured) if task != ALL_TASKS]
+
+
+def _process() -> dict[str, Any]:
+    """When this process began to write, and what it is."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _without_token(sys.argv),
+        **git_revision(),
+        "versions": versions(),
+        "machine": machine(),
+    }
 
 
 def _without_token(command: Sequence[str]) -> list[str]:

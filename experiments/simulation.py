@@ -29,16 +29,16 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "ClientAppActor.terminate")
 from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
 from experiments.display import own_traceback
-from experiments.run import default_output_dir
-from experiments.run_folder import CONFIG, RunFolder, require_empty
+from experiments.run import default_output_dir, mark_interrupted
+from experiments.run_folder import RunFolder, require_empty
 from experiments.runtimes import Backend, run_inline, run_on_ray
+from experiments.same_run import require_training
 from experiments.signals import raise_on_signals
 from mops_fl.compressed import SeveralPrunedError, resolve_model
 from mops_fl.config import Scalar
 from mops_fl.errors import InputError, RunError
 from mops_fl.sources import resolve_data
 
-_PROGRAMS = {"federated": "flower-simulation", "central": "mops-fl train"}
 _BACKENDS: dict[str, Backend] = {"ray": run_on_ray, "inline": run_inline}
 
 
@@ -69,7 +69,6 @@ def run_app(program: str, args: argparse.Namespace, backend: Backend, *, trainin
         The exit code.
     """
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # the run prints its own progress and failures
-    run_config: dict[str, Scalar] = {}
     code, message = 0, ""
     try:
         app = AppFolder.find(args.app)
@@ -82,7 +81,7 @@ def run_app(program: str, args: argparse.Namespace, backend: Backend, *, trainin
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
         code, message = 128 + number, "interrupted; go on with --resume"
-        _mark_interrupted(run_config)
+        mark_interrupted()
     except Exception:  # the last line of defence: show it, exit with 1
         code, message = 1, traceback.format_exc()
     if message:
@@ -101,6 +100,10 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace, training: str) -> 
         run_config = _resumed_config(args.resume, app.run_config(()), overrides, training)
     else:
         run_config = app.run_config(args.run_config)
+        if run_config.get("resume"):
+            raise InputError(
+                "The key `resume` is for `flwr run`; here, go on with `--resume RUN` in place of --run-config."
+            )
         run_config["output-dir"] = str(Path(str(run_config["output-dir"] or default_output_dir(run_config))).absolute())
     if args.data:
         run_config["data-path"] = str(args.data)
@@ -126,18 +129,9 @@ def _resumed_config(
     if overrides:
         raise InputError("--resume goes on with the run's own configuration; leave all other options away.")
     interrupted = RunFolder.open(folder)
-    found = (interrupted.summary or {}).get("training", training)
-    if found != training:
-        raise InputError(f"{folder} is a {found} run; go on with it by `{_PROGRAMS[found]} --resume`.")
+    require_training(interrupted, training)
     run_config = {**app_config, **interrupted.config}
     return {**run_config, "output-dir": str(folder.absolute()), "resume": True}
-
-
-def _mark_interrupted(run_config: dict[str, Scalar]) -> None:
-    """Here, since on Ray the run itself is in another thread than the signal."""
-    path = Path(str(run_config.get("output-dir", "")))
-    if run_config and (path / CONFIG).is_file():
-        RunFolder.open(path).mark("interrupted")
 
 
 def app_options() -> argparse.ArgumentParser:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -51,9 +51,9 @@ class ClientSampler:
         self.node_of[client] = node_id
         self.clients[client] = replace(self.clients[client], trainer=trainer)
 
-    def most_participations(self, num_rounds: int) -> int:
-        """In how many of the first rounds the client was sampled that was sampled most often."""
-        rounds = range(1, num_rounds + 1)
+    def most_participations(self, num_rounds: int, again: Iterable[int] = ()) -> int:
+        """How often the client was sampled that was sampled most, in the first rounds and those made `again`."""
+        rounds = [*range(1, num_rounds + 1), *again]
         counts = Counter(client for number in rounds for client in self._sample(number))
         return max(counts.values(), default=0)
 

@@ -70,6 +70,16 @@ def test_interrupted_central_run_goes_on_to_the_same_bits(train, tmp_path, monke
     }
 
 
+def test_central_run_that_is_to_end_earlier_is_measured_after_its_last_round(train, tmp_path):
+    train(num_server_rounds=2, evaluate_every=3, output_dir=str(tmp_path / "straight"))
+    _, path = train(num_server_rounds=3, evaluate_every=3)
+    (path / "checkpoints/round-000003.safetensors").unlink()  # as if it was cut off in round 3
+    config = (path / "config.toml").read_text(encoding="utf-8")
+    (path / "config.toml").write_text(config.replace("num-server-rounds = 3", "num-server-rounds = 2"), "utf-8")
+    assert main(["train", "--app", "experiments.dolly", "--resume", str(path)]) == 0
+    assert RunFolder.open(path).summary["perplexity"] == RunFolder.open(tmp_path / "straight").summary["perplexity"]
+
+
 def test_central_run_cannot_be_resumed_as_a_federation_nor_the_other_way_round(train, tmp_path, capsys):
     _, path = train()
     assert simulation.run(["--app", "experiments.dolly", "--resume", str(path)]) == 2

@@ -61,6 +61,7 @@ def test_file_without_a_row_for_every_node_is_refused(tmp_path, beside_the_serve
             ["-c", "server-rows=7 evaluate-on='server'", "-c", "partitioner='iid'"],
             "sets `server-rows`, `partitioner`, `evaluate-on`; take",
         ),
+        (["-c", "resume=true"], "cannot go on with a run; take `resume` out"),
         (["-c", "clients-per-round=4"], "`clients-per-round` is 4, but `num-clients` is 3"),
         (["-c", "backbone='someone/no-such-model'"], "neither a local folder nor in the cache"),
         (["--data", "missing.jsonl"], "which does not exist"),

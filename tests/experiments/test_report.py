@@ -51,6 +51,13 @@ def test_report_embeds_the_very_pngs_beside_it(make_run) -> None:
     assert embedded == [(run.path / f"{name}.png").read_bytes() for name in ("perplexity", "gate", "partition")]
 
 
+def test_report_says_when_the_run_was_resumed(make_run, without_plots) -> None:
+    run = make_run()
+    assert "resumed" not in html_of(run)
+    run.write_resumed(run.config)
+    assert f"resumed {run.manifest['resumed'][0]['started']}" in html_of(RunFolder.open(run.path))
+
+
 def test_run_without_gate_has_no_gate_section(make_run) -> None:
     html = html_of(make_run(method="fedprompt"))
     assert "FedPrompt" in html

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import tomli_w
+import torch
 
 from clients import resident
 from clients import trainer as trainer_module
@@ -117,11 +118,46 @@ def test_resuming_a_run_that_has_ended_writes_its_adapter_again(run, tmp_path):
     assert measured(resumed) == measured(whole)
 
 
+def test_run_that_is_to_end_earlier_is_measured_after_its_last_round(run):
+    straight = run("straight", num_server_rounds=2, evaluate_every=3)
+    longer = run("run", num_server_rounds=3, evaluate_every=3)
+    (longer.path / "checkpoints/round-000003.safetensors").unlink()  # as if it was cut off in round 3
+    shorter = run("run", num_server_rounds=2, evaluate_every=3, resume=True)
+    assert shorter.summary["perplexity"] == straight.summary["perplexity"]
+    assert measured(shorter) == measured(straight)
+    assert adapter_bits(shorter.path) == adapter_bits(straight.path)
+
+
+def test_run_that_has_more_rounds_than_it_is_to_have_is_not_gone_on_with(run):
+    config = run("run").path / "config.toml"
+    before = config.read_bytes()
+    with pytest.raises(InputError, match="has 2 rounds done, more than `num-server-rounds`, which is 1; give 2 or mor"):
+        run("run", num_server_rounds=1, resume=True)
+    assert config.read_bytes() == before
+
+
 def test_run_is_not_gone_on_with_on_other_values(run):
     run("run", num_server_rounds=1)
     with pytest.raises(InputError, match=r"was begun with lr = 0.01, not 0.02"):
         run("run", resume=True, lr=0.02)
     assert run("run", resume=True, num_server_rounds=2, round_timeout=99.0).summary["rounds"] == 2
+
+
+def test_run_is_not_gone_on_with_where_auto_comes_to_another_dtype(run, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    run("run", num_server_rounds=1, dtype="auto")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pytest.raises(InputError, match="was begun in bfloat16, but `dtype` = 'auto' comes to float32 here; set it"):
+        run("run", resume=True, dtype="auto")
+    assert run("run", resume=True, dtype="bfloat16").summary["rounds"] == 2
+
+
+def test_central_run_is_not_gone_on_with_as_a_federation_by_the_server_app(run):
+    begun = run("run", num_server_rounds=1)
+    begun.write_summary({**begun.summary, "training": "central"})
+    with pytest.raises(InputError, match="is a central run; go on with it by `mops-fl train --resume`"):
+        run("run", resume=True)
 
 
 def test_run_is_not_gone_on_with_on_other_rows(run, tmp_path):

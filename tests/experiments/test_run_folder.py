@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import run_folder
 from experiments.run_folder import COPIED, RunFolder, series, task_names
 from mops_fl.errors import InputError
 
@@ -31,6 +32,17 @@ def test_create_writes_every_value_with_its_type_and_the_surroundings(tmp_path: 
     assert manifest["command"]
     assert manifest["started"].endswith("+00:00")
     assert RunFolder.open(tmp_path / "new/run").config == CONFIG
+
+
+def test_each_process_that_goes_on_with_a_run_is_named_beside_the_first(tmp_path: Path, monkeypatch) -> None:
+    first = RunFolder.create(tmp_path, CONFIG).manifest
+    for version in ("98", "99"):
+        monkeypatch.setattr(run_folder, "versions", lambda version=version: {"torch": version})
+        RunFolder.open(tmp_path).write_resumed({**CONFIG, "seed": 4})
+    found = RunFolder.open(tmp_path)
+    assert [process["versions"] for process in found.manifest["resumed"]] == [{"torch": "98"}, {"torch": "99"}]
+    assert found.manifest["resumed"][0].keys() == first.keys() - {"config"}
+    assert {**found.manifest, "resumed": []} == {**first, "config": {**CONFIG, "seed": 4}, "resumed": []}
 
 
 def test_create_takes_an_empty_folder_and_refuses_a_used_one(tmp_path: Path) -> None:
@@ -83,6 +95,24 @@ def test_rewinding_drops_later_rounds_and_leaves_every_other_byte(tmp_path: Path
     assert run.metrics() == []
 
 
+def test_releases_are_counted_by_round_and_stay_when_the_run_is_rewound(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    assert not run.releases()
+    for number in (1, 2, 2):
+        run.note_release(number)
+    run.rewind(-1)
+    assert RunFolder.open(tmp_path).releases() == {1: 1, 2: 2}
+
+
+def test_claim_removes_what_a_killed_process_had_not_finished_and_nothing_else(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("summary.json.1-2.partial", "checkpoints/a.safetensors.partial", "checkpoints/a.safetensors"):
+        (tmp_path / name).write_text("half")
+    run.claim().close()
+    assert {path.name for path in tmp_path.rglob("*")} == {"config.toml", ".lock", "checkpoints", "a.safetensors"}
+
+
 def test_series_is_in_order_of_rounds_and_a_repeated_round_counts_once(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, CONFIG)
     for number, value in ((0, 9.0), (10, 7.0), (5, 8.0), (10, 6.0)):
@@ -93,7 +123,7 @@ def test_series_is_in_order_of_rounds_and_a_repeated_round_counts_once(tmp_path:
     assert task_names(run.metrics()) == ["open_qa"]
 
 
-@pytest.mark.parametrize("name", ["config.toml", "summary.json", "partition.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.toml", "summary.json", "partition.json", "releases.json", "metrics.jsonl"])
 def test_open_names_the_corrupt_file(make_run, name: str) -> None:
     run = make_run()
     (run.path / name).write_text("{ half a file\n")

@@ -123,6 +123,12 @@ def test_folder_of_a_finished_run_returns_2_and_is_left_alone(command, tmp_path)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_the_key_resume_is_answered_with_the_option_of_that_name(command, tmp_path):
+    assert command(num_server_rounds=1)[0] == 0
+    for folder in ("run", "new"):
+        assert_refused(command(resume=True, output_dir=str(tmp_path / folder)), "go on with `--resume RUN` in place of")
+
+
 def test_resume_of_no_run_returns_2(command, tmp_path):
     assert_refused(command("--resume", str(tmp_path / "nothing"), configured=False), "is not a run folder")
 
@@ -187,6 +193,16 @@ def test_signal_ends_the_run_with_its_code_and_a_valid_folder(command, tmp_path,
     run = RunFolder.open(tmp_path / "run")
     assert (run.summary["status"], run.summary["rounds"], run.summary["client_steps"]) == ("interrupted", 1, 6)
     assert max(entry["round"] for entry in run.metrics()) == 1
+
+
+def test_signal_to_a_command_that_still_loads_the_model_does_not_mark_another_ones_run(command, tmp_path, monkeypatch):
+    assert command(num_server_rounds=1)[0] == 0
+    run = RunFolder.open(tmp_path / "run")
+    run.write_summary({**run.summary, "status": "running"})
+    monkeypatch.setattr(trainer.Trainer, "setting", lambda self: signal.raise_signal(signal.SIGINT))
+    with run.claim():
+        assert command("--resume", str(tmp_path / "run"), configured=False)[0] == 130
+    assert run.summary["status"] == "running"
 
 
 def test_folder_that_only_looks_like_a_run_returns_2(command, tmp_path):
