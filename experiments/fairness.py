@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from experiments.report import count_text, perplexity_rows, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder
+from mops_fl.adapter import GATED
 from mops_fl.config import OWN_EMBEDDING
 
 # Config keys that choose the weights and the rows, where not every run has recorded the hash of what they came to.
@@ -25,6 +27,8 @@ DEALT = (
     "central-rows",
 )
 STEPS = ("local-steps", "local-epochs", "batch-size", "server-weight")
+# What two methods of soft prompts share; runs of one method that differ in it are a study, whose columns say so.
+PROMPTS = ("inject-layer", "prompt-init", "input-prompts", "input-prompt-steps", "input-prompt-lr")
 # The bare model gives the same perplexity on the same rows, up to the machine's rounding.
 BARE_TOLERANCE = 0.01
 
@@ -38,7 +42,7 @@ def unfair_differences(runs: Sequence[RunFolder]) -> list[str]:
         "status": [result.get("status", "complete") for result in results],
         **_values(configs, (*DEALT, *STEPS)),
     }
-    return [*_told_apart(figures), *measured_differences(runs)]
+    return [*_told_apart(figures), *measured_differences(runs), *_differing_terms(configs)]
 
 
 def measured_differences(runs: Sequence[RunFolder]) -> list[str]:
@@ -54,6 +58,31 @@ def measured_differences(runs: Sequence[RunFolder]) -> list[str]:
     if measured := [*_by_hash("data_sha256", rows, ROWS, configs), *_by_key(configs, MEASURED)]:
         differing.append(f"rows ({', '.join(f'{name} {values}' for name, values in measured)})")
     return differing or _differing_bare_model(results)
+
+
+def _differing_terms(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What one method has and another has not that it is compared with: other prompts, other seeds, the answer."""
+    methods = list(dict.fromkeys(config.get("method") for config in configs))
+    if len(methods) < 2:
+        return []
+    differing = []
+    prompted = [_with_prompts(config) for config in configs if config.get("method") in GATED]
+    for key in ("prompts", *PROMPTS):
+        known = [config for config in prompted if key in config]
+        if len({config["method"] for config in known}) > 1:
+            differing += [f"{name} ({values})" for name, values in _by_key(known, (key,))]
+    seeds = [{config.get("seed") for config in configs if config.get("method") == method} for method in methods]
+    if any(first.isdisjoint(second) for first, second in combinations(seeds, 2)):
+        differing.append(f"seeds ({' / '.join(', '.join(sorted(map(str, of))) for of in seeds)})")
+    if any(GATED.get(str(config.get("method"))) and config.get("pooling") == "all" for config in configs):
+        differing.append("pooling (all lets the answer's tokens into the gate)")
+    return differing
+
+
+def _with_prompts(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with the number of prompts, if it tells."""
+    experts, of_each = config.get("num-experts"), config.get("prompts-per-expert")
+    return {**config, "prompts": experts * of_each} if experts and of_each else config
 
 
 def _differing_weights(

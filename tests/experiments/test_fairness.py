@@ -53,3 +53,44 @@ def test_bare_model_tells_of_what_no_hash_does(make_run):
 
 def test_key_that_an_older_run_lacks_is_passed_over(make_run):
     assert unfair_differences([make_run("a"), make_run("b", server_weight=1.0)]) == []
+
+
+PROMPTS = {"num_experts": 7, "prompts_per_expert": 10, "inject_layer": 10, "prompt_init": "random",
+           "input_prompts": True, "input_prompt_steps": 20, "input_prompt_lr": 0.01, "pooling": "question"}  # fmt: skip
+CHANGES = [
+    ({"num_experts": 3}, "prompts (70 / 30)"),
+    ({"prompts_per_expert": 3}, "prompts (70 / 21)"),
+    ({"inject_layer": 20}, "inject-layer (10 / 20)"),
+    ({"prompt_init": "vocabulary"}, "prompt-init (random / vocabulary)"),
+    ({"input_prompts": False}, "input-prompts (True / False)"),
+    ({"input_prompt_steps": 2000}, "input-prompt-steps (20 / 2000)"),
+    ({"input_prompt_lr": 0.1}, "input-prompt-lr (0.01 / 0.1)"),
+    ({"pooling": "all"}, "pooling (all lets the answer's tokens into the gate)"),
+    ({"seed": 2}, "seeds (1 / 2)"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), CHANGES)
+def test_two_methods_of_prompts_start_alike_but_one_method_may_be_studied(make_run, change, said):
+    first, other = make_run("a", method="fedprompt", **PROMPTS), make_run("b", **{**PROMPTS, **change})
+    assert unfair_differences([first, other]) == [said]
+    assert unfair_differences([make_run("c", **PROMPTS), other]) == []
+
+
+def test_prompts_in_one_expert_or_seven_are_as_many(make_run):
+    one = {**PROMPTS, "num_experts": 1, "prompts_per_expert": 70, "pooling": "all"}  # without a gate nothing is pooled
+    assert unfair_differences([make_run("a", method="fedprompt", **one), make_run("b", **PROMPTS)]) == []
+
+
+def test_method_without_prompts_shares_only_seeds_and_what_the_gate_may_see(make_run):
+    lora = make_run("a", method="lora", **PROMPTS)
+    assert unfair_differences([lora, make_run("b", **{**PROMPTS, "inject_layer": 20, "num_experts": 3})]) == []
+    assert unfair_differences([lora, make_run("c", **{**PROMPTS, "pooling": "all", "seed": 2})]) == [
+        "seeds (1 / 2)",
+        "pooling (all lets the answer's tokens into the gate)",
+    ]
+
+
+def test_seeds_of_which_one_is_shared_are_no_difference(make_run):
+    runs = [make_run("a", method="fedprompt"), make_run("b"), make_run("c", seed=2)]
+    assert unfair_differences(runs) == []
