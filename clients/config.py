@@ -26,7 +26,8 @@ class TrainerConfig:
     """The trainer's own settings.
 
     Attributes:
-        eval_rows: test rows that are measured, spread evenly over the tasks; 0 for all.
+        eval_rows: test rows that are measured, or rows that clients of a shared set keep back, spread evenly over the
+            tasks; 0 for all. Clients with rows of their own measure on all that they keep back.
         evaluate_on: the `server` measures on its test rows, or each of the `clients` on rows that it keeps back.
         central_rows: what central training learns from, the `clients`' rows or the `server`'s.
         cache_megabytes: most memory for frozen hidden states, in MiB, on a GPU at most half of what the model leaves

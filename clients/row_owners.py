@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from clients.config import ClientConfig
-from mops_fl.data import Row, TaskData, load_task_data
+from mops_fl.data import Row, TaskData, load_task_data, spread_rows
 from mops_fl.errors import InputError
 from mops_fl.own_rows import keep_back, load_own_rows, load_server_rows
 from partitioning import OWN_ROWS
@@ -49,17 +49,35 @@ class RowOwners:
     def rows_of(self, partition_id: int) -> tuple[Sequence[Row], Sequence[Row]]:
         """The rows that a client trains on, and those that it keeps back to be measured on.
 
+        Which of a shared set are kept back is drawn before they are dealt, by `data_seed` alone: runs of several seeds
+        are measured on the same rows. Only a client that is dealt no others trains on one of them, the first.
+
         Raises:
             InputError: there is no such client.
         """
         rows = self.data.train if self.own_data else self._dealt_to(partition_id)
         if self._config.trainer.evaluate_on == "server":
             return rows, ()
-        return keep_back(rows, self._config.data.test_fraction, self._config.data.data_seed)
+        if self.own_data:
+            return keep_back(rows, self._config.data.test_fraction, self._config.data.data_seed)
+        kept_back, measured = self._kept_back
+        if all(row.row_id in kept_back for row in rows):
+            return rows[:1], [row for row in rows[1:] if row.row_id in measured]
+        return (
+            [row for row in rows if row.row_id not in kept_back],
+            [row for row in rows if row.row_id in measured],
+        )
 
     def manifest(self) -> dict[str, Any]:
         """See `partitioning.manifest`."""
         return build_manifest(self._dealt, [row.task for row in self.data.train], self._config.partition)
+
+    @cached_property
+    def _kept_back(self) -> tuple[set[int], set[int]]:
+        """Ids of the rows of a shared set that its clients keep back, and of the `eval_rows` of them measured on."""
+        _, kept_back = keep_back(self.data.train, self._config.data.test_fraction, self._config.data.data_seed)
+        measured = spread_rows(kept_back, self._config.trainer.eval_rows)
+        return {row.row_id for row in kept_back}, {row.row_id for row in measured}
 
     @cached_property
     def _dealt(self) -> list[list[int]]:

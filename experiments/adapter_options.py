@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from mops_fl.mops_model import MopsModel
 
 BAR_WIDTH = 30
+# Options of transformers' `generate`: the likeliest token each time, whatever settings the backbone ships.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length"), 0),
+    **dict.fromkeys(("temperature", "top_p", "top_k", "min_new_tokens", "encoder_repetition_penalty")),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("guidance_scale", "watermarking_config")),
+}
 
 
 def adapter_options() -> argparse.ArgumentParser:
@@ -85,12 +97,11 @@ def read_generation_options(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"`top-p` is {args.top_p}; it must be above 0 and at most 1.")
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}
     return {
+        **(sampling or GREEDY),
         "max_new_tokens": args.max_new_tokens,
         "num_beams": args.beams,
         "repetition_penalty": args.repetition_penalty,
         "stop_strings": args.stop,
-        # Whatever the backbone's own settings say of sampling, greedy means greedy.
-        **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
     }
 
 

@@ -20,6 +20,15 @@ from mops_fl.payload import METRICS, encode_result
 from partitioning import OWN_ROWS
 from strategies.fedprompt import RoundReport
 
+# What says how clients share the work and are averaged -> its only value where there are none.
+_WITHOUT_CLIENTS: Mapping[str, Scalar] = {
+    "local-epochs": 0,
+    "server-weight": 0,
+    "weighting": "uniform",
+    "aggregation": "mean",
+    "clip-norm": 0,
+}
+
 
 class CentralRun(Run):
     """One learner on all training rows, whose optimiser is never started anew."""
@@ -50,15 +59,22 @@ class CentralRun(Run):
 
 
 def run_centrally(app: AppFolder, run_config: Mapping[str, Scalar], *, catch_signals: Callable[[], None]) -> None:
-    """Train centrally what the app would train in a federation; a `experiments.runtimes.Backend`."""
+    """Train centrally what the app would train in a federation; a `experiments.runtimes.Backend`.
+
+    Raises:
+        InputError: the config is not valid, or asks for what only a federation has.
+    """
     config = ExperimentConfig.from_run_config(run_config)
     trainer_config, partition = config.client.trainer, config.client.partition
     if trainer_config.evaluate_on == "clients":
         raise InputError("`evaluate-on` is 'clients', but central training has none; set it to server.")
     if partition.partitioner == OWN_ROWS and trainer_config.central_rows == "clients":
         raise InputError("`partitioner` is 'own-rows', which only the clients have; set central-rows to server.")
-    if config.noise.clip_norm:
-        raise InputError("`clip-norm` is set, but central training has no clients' updates to clip; set it to 0.")
+    for key, value in _WITHOUT_CLIENTS.items():
+        if run_config[key] != value:
+            raise InputError(
+                f"`{key}` is {run_config[key]!r}, but central training has no clients; set it to {value!r}."
+            )
     catch_signals()
     trainer = connect(run_config)
     CentralRun(config, run_config, trainer, trainer.setting()).run()

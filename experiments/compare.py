@@ -194,10 +194,9 @@ def _run_table(runs: Sequence[RunFolder]) -> ComparisonTable:
 def _group_table(groups: Sequence[SeedGroup]) -> ComparisonTable:
     rows, gains = [], []
     for task in _task_order([run.results() for group in groups for run in group.runs]):
-        values = [_values_by_seed(group, task) for group in groups]
-        rows.append([readable(task), *(_spread([value for of_seed in group.values() for value in of_seed])
-                                       for group in values)])  # fmt: skip
-        first, *others = [{seed: statistics.fmean(of_seed) for seed, of_seed in group.items()} for group in values]
+        values = [_mean_by_seed(group, task) for group in groups]
+        rows.append([readable(task), *(_spread(list(of_seeds.values())) for of_seeds in values)])
+        first, *others = values
         gains.append([readable(task), NOTHING, *(percent_text(common_gain_percent(first, other)) for other in others)])
     columns = [f"{group.label}, {_counted(group.runs)}" for group in groups]
     title = "Over seeds: mean ± standard deviation (lowest-highest)"
@@ -206,19 +205,19 @@ def _group_table(groups: Sequence[SeedGroup]) -> ComparisonTable:
 
 
 def _counted(runs: Sequence[RunFolder]) -> str:
-    """How many seeds; where one was run again, how many runs."""
+    """How many seeds; where one was run again, in how many runs."""
     seeds = len({run.config.get("seed") for run in runs})
-    return f"{len(runs)} runs" if seeds < len(runs) else f"{seeds} seed{'s' * (seeds > 1)}"
+    return f"{seeds} seed{'s' * (seeds > 1)}{f' in {len(runs)} runs' * (seeds < len(runs))}"
 
 
-def _values_by_seed(group: SeedGroup, task: str) -> dict[object, list[float]]:
-    """Seed -> a task's perplexities, without the runs that have none."""
+def _mean_by_seed(group: SeedGroup, task: str) -> dict[object, float]:
+    """Seed -> a task's perplexity, the mean where it was run again; without the runs that have none."""
     by_seed: dict[object, list[float]] = {}
     for run in group.runs:
         value = _perplexity(run.results()).get(task)
         if value is not None:
             by_seed.setdefault(run.config.get("seed"), []).append(value)
-    return by_seed
+    return {seed: statistics.fmean(of_seed) for seed, of_seed in by_seed.items()}
 
 
 def _gain_row(task: str, values: Sequence[float | None]) -> list[str]:

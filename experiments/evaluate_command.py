@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from experiments.adapter_options import adapter_options, load_model, require_room, room_for_question
+from experiments.adapter_options import GREEDY, adapter_options, load_model, require_room, room_for_question
 from experiments.drawing import readable
 from experiments.durable import writing
 from experiments.report import NOTHING, perplexity_text
@@ -210,7 +210,7 @@ def _encoding(model: MopsModel, args: argparse.Namespace) -> DataConfig:
 
 
 def answer_rows(model: MopsModel, rows: Sequence[EncodedRow], max_new_tokens: int, batch_size: int) -> dict[int, str]:
-    """Row id -> the likeliest answer, rows of like length together."""
+    """Row id -> the answer of the likeliest token each time, rows of like length together."""
     answers: dict[int, str] = {}
     ordered = sorted(rows, key=lambda row: row.prompt_length)
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -218,7 +218,7 @@ def answer_rows(model: MopsModel, rows: Sequence[EncodedRow], max_new_tokens: in
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
             inputs = model.pad([row.token_ids[: row.prompt_length].tolist() for row in batch])
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
             texts = model.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             answers |= {row.row_id: text.strip() for row, text in zip(batch, texts, strict=True)}
             bar.advance(task, len(batch))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from experiments.report import count_text, perplexity_rows, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder
+from mops_fl.adapter import GATED
+from mops_fl.config import OWN_EMBEDDING
 
 # Config keys that choose the weights and the rows, where not every run has recorded the hash of what they came to.
 WEIGHTS = ("backbone", "compression")
@@ -24,6 +27,8 @@ DEALT = (
     "central-rows",
 )
 STEPS = ("local-steps", "local-epochs", "batch-size", "server-weight")
+# What two methods of soft prompts share; runs of one method that differ in it are a study, whose columns say so.
+PROMPTS = ("inject-layer", "prompt-init", "input-prompts", "input-prompt-steps", "input-prompt-lr")
 # The bare model gives the same perplexity on the same rows, up to the machine's rounding.
 BARE_TOLERANCE = 0.01
 
@@ -33,33 +38,76 @@ def unfair_differences(runs: Sequence[RunFolder]) -> list[str]:
     results, configs = [run.results() for run in runs], [run.config for run in runs]
     figures: dict[str, list[object]] = {
         "client steps": [count_text(result.get("client_steps")) for result in results],
-        "dataset": [_dataset(result) for result in results],
         "training": [result.get("training", "federated") for result in results],
         "status": [result.get("status", "complete") for result in results],
-        **_values(results, ("quantization", "dtype")),
         **_values(configs, (*DEALT, *STEPS)),
     }
-    differing = [f"{name} ({_listed(values)})" for name, values in figures.items() if len(set(values)) > 1]
-    differing += [f"{name} ({values})" for name, values in _by_hash(results, "backbone_sha256", WEIGHTS, configs)]
-    rows = [*_by_hash(results, "data_sha256", ROWS, configs), *_by_key(configs, MEASURED)]
-    if rows:
-        differing.append(f"rows ({', '.join(f'{name} {values}' for name, values in rows)})")
-    elif not _recorded(results, "data_sha256"):
-        differing += _differing_bare_model(results)
+    return [*_told_apart(figures), *measured_differences(runs), *_differing_terms(configs)]
+
+
+def measured_differences(runs: Sequence[RunFolder]) -> list[str]:
+    """Likewise, of that alone on which the perplexity is measured: weights, their precision, and rows.
+
+    The model without prompts has one perplexity on all of it, so that it tells of what nobody recorded.
+    """
+    results, configs = [run.results() for run in runs], [run.config for run in runs]
+    figures = _values(results, ("quantization", "dtype")) | {"dataset": [_dataset(result) for result in results]}
+    differing = _told_apart(figures)
+    differing += [f"{name} ({values})" for name, values in _differing_weights(results, configs)]
+    rows = [result.get("data_sha256") for result in results]
+    if measured := [*_by_hash("data_sha256", rows, ROWS, configs), *_by_key(configs, MEASURED)]:
+        differing.append(f"rows ({', '.join(f'{name} {values}' for name, values in measured)})")
+    return differing or _differing_bare_model(results)
+
+
+def _differing_terms(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What one method has and another has not that it is compared with: other prompts, other seeds, the answer."""
+    methods = list(dict.fromkeys(config.get("method") for config in configs))
+    if len(methods) < 2:
+        return []
+    differing = []
+    prompted = [_with_prompts(config) for config in configs if config.get("method") in GATED]
+    for key in ("prompts", *PROMPTS):
+        known = [config for config in prompted if key in config]
+        if len({config["method"] for config in known}) > 1:
+            differing += [f"{name} ({values})" for name, values in _by_key(known, (key,))]
+    seeds = [{config.get("seed") for config in configs if config.get("method") == method} for method in methods]
+    if any(first.isdisjoint(second) for first, second in combinations(seeds, 2)):
+        differing.append(f"seeds ({' / '.join(', '.join(sorted(map(str, of))) for of in seeds)})")
+    if any(GATED.get(str(config.get("method"))) and config.get("pooling") == "all" for config in configs):
+        differing.append("pooling (all lets the answer's tokens into the gate)")
     return differing
+
+
+def _with_prompts(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with the number of prompts, if it tells."""
+    experts, of_each = config.get("num-experts"), config.get("prompts-per-expert")
+    return {**config, "prompts": experts * of_each} if experts and of_each else config
+
+
+def _differing_weights(
+    results: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    """A hash over the backbone and another model, which reads for the gate, says nothing beside one of the backbone."""
+    readers = [config.get("gate-embedding", OWN_EMBEDDING) for config in configs]
+    alike = len(set(readers)) == 1
+    hashes = [
+        result.get("backbone_sha256") if alike or reader == OWN_EMBEDDING else None
+        for result, reader in zip(results, readers, strict=True)
+    ]
+    return _by_hash("backbone_sha256", hashes, WEIGHTS, configs)
 
 
 def _by_hash(
-    results: Sequence[Mapping[str, Any]], sha256: str, keys: Sequence[str], configs: Sequence[Mapping[str, Any]]
+    name: str, hashes: Sequence[str | None], keys: Sequence[str], configs: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, str]]:
-    """The keys that differ, with their values; none if the hashes agree, the hashes if only they differ."""
-    hashes = _recorded(results, sha256)
-    if hashes and len(set(hashes)) == 1:
+    """The keys that differ, with their values; none if all have the same hash, the hashes if only they differ."""
+    if len(set(hashes)) == 1 and hashes[0]:
         return []
-    differing = _by_key(configs, keys)
-    if hashes and not differing:
-        return [(sha256, _listed([value[:8] for value in hashes]))]
-    return differing
+    recorded = [value for value in hashes if value]
+    if (differing := _by_key(configs, keys)) or len(set(recorded)) < 2:
+        return differing
+    return [(name, _listed([value[:8] for value in recorded]))]
 
 
 def _by_key(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[tuple[str, str]]:
@@ -67,7 +115,6 @@ def _by_key(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[t
 
 
 def _differing_bare_model(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Where nobody recorded the rows, the model without prompts tells whether they are the same."""
     bare = [row.bare for result in results for row in perplexity_rows(result)
             if row.task == ALL_TASKS and row.bare is not None]  # fmt: skip
     if bare and max(bare) > (1 + BARE_TOLERANCE) * min(bare):
@@ -75,10 +122,8 @@ def _differing_bare_model(results: Sequence[dict[str, Any]]) -> list[str]:
     return []
 
 
-def _recorded(results: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    """A figure of every run's summary; empty unless all have it."""
-    found = [str(result[name]) for result in results if result.get(name)]
-    return found if len(found) == len(results) else []
+def _told_apart(figures: Mapping[str, Sequence[object]]) -> list[str]:
+    return [f"{name} ({_listed(values)})" for name, values in figures.items() if len(set(values)) > 1]
 
 
 def _values(mappings: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, list[object]]:

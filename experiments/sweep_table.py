@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from experiments.compare import common_gain_percent
+from experiments.fairness import measured_differences
 from experiments.report import NOTHING, percent_text, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder
 from experiments.sweep import Sweep
@@ -45,7 +46,7 @@ def write_sweep_report(sweep: Sweep) -> str:
 
 def sweep_markdown(sweep: Sweep, finished: Finished) -> str:
     """The tables of a sweep, given the complete runs of each row and method."""
-    lines = [f"## {sweep.title}", "", _perplexity_note(sweep), "", *_data_warning(finished)]
+    lines = [f"## {sweep.title}", "", _perplexity_note(sweep), "", *_warnings(sweep, finished)]
     lines += [*_perplexity_table(sweep, finished), "", *steps_note(finished), *_cost_table(sweep, finished)]
     lines += scores_markdown(finished, sweep.num_seeds)
     return "\n".join(lines) + "\n"
@@ -87,15 +88,18 @@ def _perplexity_note(sweep: Sweep) -> str:
     return f"Test perplexity after training{spread}{papers}."
 
 
-def _data_warning(finished: Finished) -> list[str]:
-    """What is said of the runs' rows before the tables, if anything."""
-    data_of: dict[str, set[object]] = {}
-    results = [(row, run.results()) for (row, _), runs in finished.items() for run in runs]
-    for row, result in results:
-        data_of.setdefault(row, set()).add(result.get("data_sha256"))
-    unfair = [row for row, data in data_of.items() if len(data - {None}) > 1]
-    sampled = any(result.get("data_is_sample") for _, result in results)
-    lines = [f"> Not a fair comparison: the runs of {', '.join(unfair)} are on different data."] if unfair else []
+def _warnings(sweep: Sweep, finished: Finished) -> list[str]:
+    """What is said before the tables of that on which the runs were measured, if anything."""
+    runs_of = {row: [run for method in sweep.methods for run in finished[row, method]] for row in sweep.rows}
+    rows_of: dict[str, list[str]] = {}
+    for row, runs in runs_of.items():
+        if differing := measured_differences(runs):
+            rows_of.setdefault("; ".join(differing), []).append(row)
+    sampled = any(run.results().get("data_is_sample") for runs in runs_of.values() for run in runs)
+    lines = [
+        f"> Not a fair comparison: the runs of {', '.join(rows)} differ in: {differing}."
+        for differing, rows in rows_of.items()
+    ]
     lines += ["> Some or all runs are on the bundled sample, which is no real data set."] if sampled else []
     return [part for line in lines for part in (line, "")]
 

@@ -59,7 +59,7 @@ class DataConfig:
             seven, and of task files that are others, all.
         held_out_tasks: those of them, named likewise, that nobody trains on; they are tested all the same.
         data_seed: seed of the draw and of the split, kept apart from `seed` so that runs of several seeds are
-            measured on the same test rows.
+            measured on the same rows, be they the server's test rows or those that clients of a shared set keep back.
         num_rows: rows of the protocol, train and test together (paper: 5,000).
         test_fraction: share of those kept for testing (paper: 0.1).
         server_rows: rows the server holds for pretraining, neither a client's nor the test's.

@@ -99,4 +99,4 @@ def test_training_that_is_not_finite_ends_the_run_with_its_start_kept(train, cap
 
 def test_clipping_is_refused(train, capsys):
     assert train(clip_norm=1.0)[0] == 2
-    assert "central training has no clients' updates to clip" in capsys.readouterr().err
+    assert "`clip-norm` is 1.0, but central training has no clients; set it to 0" in capsys.readouterr().err

@@ -207,6 +207,10 @@ def test_simulation_has_no_rows_of_its_clients_own(values):
     [
         ({"evaluate_on": "clients"}, "central training has none"),
         ({"partitioner": "own-rows"}, "set central-rows to server"),
+        ({"local_epochs": 1}, "`local-epochs` is 1, but central training has no clients; set it to 0"),
+        ({"server_weight": 1.0}, "`server-weight` is 1.0, but central training has no clients; set it to 0"),
+        ({"weighting": "num-examples"}, "set it to 'uniform'"),
+        ({"aggregation": "median"}, "set it to 'mean'"),
     ],
 )
 def test_central_training_has_no_clients_to_ask(values, changes, complaint):

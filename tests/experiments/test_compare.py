@@ -77,12 +77,14 @@ def test_same_data_under_another_path_does_not_part_seeds(make_run, sha256: str 
     assert len(compare.seed_groups([first, second])) == num_groups
 
 
-def test_a_seed_that_was_run_again_is_a_run_more_and_no_seed_more(make_run) -> None:
-    runs = [make_run("a", after=20.0), make_run("again", after=22.0), make_run("b", after=30.0, seed=2)]
-    runs.append(make_run("first", after=42.0, seed=1, method="fedprompt"))
-    _, table = compare.comparison_tables(runs[::-1])
-    assert table.columns[1:] == ["FedPrompt, 1 seed", "MoPs, 3 runs"]
-    assert rows(table, 1)["all tasks"] == [compare.NOTHING, "+50.0 %"]  # 42 against the mean of seed 1's two
+def test_a_seed_that_was_run_again_counts_once_in_mean_and_gain(make_run) -> None:
+    runs = [make_run("first1", after=10.0, method="fedprompt"), make_run("first2", after=20.0, seed=2,
+                                                                         method="fedprompt")]  # fmt: skip
+    runs += [make_run("a", after=9.0), make_run("again", after=11.0), make_run("b", after=20.0, seed=2)]
+    _, table = compare.comparison_tables(runs)
+    assert table.columns[1:] == ["FedPrompt, 2 seeds", "MoPs, 2 seeds in 3 runs"]
+    assert rows(table, 0)["all tasks"] == ["15.00 ± 7.07 (10.00-20.00)"] * 2  # seed 1: 10, the mean of its two
+    assert rows(table, 1)["all tasks"] == [compare.NOTHING, "+0.0 %"]
 
 
 def test_another_rate_is_another_group(make_run) -> None:
@@ -91,8 +93,8 @@ def test_another_rate_is_another_group(make_run) -> None:
     assert [(group.label, len(group.runs)) for group in groups] == [("MoPs, lr 0.01", 2), ("MoPs, lr 0.03", 1)]
 
 
-def test_methods_and_seeds_may_differ_without_a_warning(make_run) -> None:
-    runs = [make_run("a"), make_run("b", method="fedprompt", seed=2, lr=0.03)]
+def test_methods_rates_and_seeds_may_differ_without_a_warning(make_run) -> None:
+    runs = [make_run("a"), make_run("b", method="fedprompt", lr=0.03), make_run("c", method="fedprompt", seed=2)]
     assert compare.fairness_warning(runs) is None
 
 

@@ -4,9 +4,12 @@ import json
 import math
 
 import pytest
+import torch
 
 from experiments import evaluate_command
 from experiments.cli import main
+from mops_fl.encoding import EncodedRow
+from mops_fl.mops_model import MopsModel
 
 
 @pytest.fixture
@@ -42,6 +45,23 @@ def test_names_of_tasks_are_shown_as_they_are(evaluate, capsys):
     table = capsys.readouterr().out
     assert "qa [easy]" in table
     assert "x[/b]" in table
+
+
+@pytest.mark.parametrize(
+    "shipped", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": list(range(90))}]
+)
+def test_answer_is_the_likeliest_token_each_time_whatever_the_backbone_ships(make_usable_run, shipped):
+    model = MopsModel.from_pretrained(make_usable_run(method="lora").path)
+    model.generation_config.update(**shipped)
+    tokens = list(b"abababab")
+    for _ in range(12):
+        likeliest = int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+        tokens.append(likeliest)
+        if likeliest in model.generation_config.eos_token_id:
+            break
+    expected = model.tokenizer.decode(tokens[8:], skip_special_tokens=True).strip()
+    row = EncodedRow(0, torch.tensor(tokens[:8]), 8, 8, 0, False)
+    assert evaluate_command.answer_rows(model, [row], 12, 1) == {0: expected}
 
 
 def test_answers_are_written_before_anything_is_printed(evaluate, tmp_path, monkeypatch):

@@ -286,4 +286,5 @@ def test_table_says_where_the_data_are_the_sample_or_differ(sweep, content, tmp_
     assert "was made on other rows" in capsys.readouterr().err
     monkeypatch.setenv("MOPS_DOLLY", str(tmp_path / "rows.jsonl"))
     assert sweep(content) == 0
-    assert "Not a fair comparison: the runs of 7 experts are on different data." in capsys.readouterr().out
+    differing = "dataset (dolly, bundled sample / dolly); rows (data_sha256 "
+    assert f"Not a fair comparison: the runs of 7 experts differ in: {differing}" in capsys.readouterr().out

@@ -53,6 +53,29 @@ def test_run_that_diverged_is_said_so_and_left_out_of_mean_and_gain(sweep, final
     assert row_of(text)[2:] == ["diverged (1 of 3 seeds)", f"{NOTHING} (9.45)", NOTHING]
 
 
+@pytest.mark.parametrize(
+    ("summary", "said"),
+    [
+        ({"backbone_sha256": "c" * 64}, "backbone_sha256 (aaaaaaaa / cccccccc)"),
+        ({"dtype": "float32"}, "dtype (bfloat16 / float32)"),
+        ({"perplexity_bare": {"all": 61.0}}, "perplexity of the bare model (60.00 / 61.00)"),
+    ],
+)
+def test_runs_of_a_row_that_were_measured_on_something_else_are_no_fair_comparison(sweep, finals, summary, said):
+    usual = {"backbone_sha256": "a" * 64, "dtype": "bfloat16"}
+    first, alike = finals("FedPrompt", 10.0, **usual), finals("alike", 9.0, **usual)
+    assert "fair" not in sweep_markdown(sweep, {("dense", "FedPrompt"): first, ("dense", "MoPs"): alike})
+    other = finals("MoPs", 9.0, **{**usual, **summary})
+    text = sweep_markdown(sweep, {("dense", "FedPrompt"): first, ("dense", "MoPs"): other})
+    assert f"> Not a fair comparison: the runs of dense differ in: {said}.\n" in text
+
+
+def test_value_that_an_older_run_of_a_row_lacks_is_no_difference(sweep, finals):
+    newer = finals("MoPs", 9.0, backbone_sha256="a" * 64, data_sha256="b" * 64, dtype="bfloat16")
+    text = sweep_markdown(sweep, {("dense", "FedPrompt"): finals("FedPrompt", 10.0), ("dense", "MoPs"): newer})
+    assert "fair" not in text
+
+
 def test_client_steps_are_named_where_they_differ(sweep, finals):
     same = {("dense", "FedPrompt"): finals("FedPrompt", 10.0), ("dense", "MoPs"): finals("MoPs", 9.0)}
     assert "Client steps differ" not in sweep_markdown(sweep, same)
