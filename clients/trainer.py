@@ -222,8 +222,7 @@ class Trainer:
             model, rows = self._adaptable_model(frozen), self._encode(parts[self._config.trainer.central_rows])
         self._lanes.take_share(1)
         config = replace(self._config.train, local_steps=num_steps, local_epochs=0)
-        learner = ClientRows(rows, seed=(self._config.partition.seed,))
-        return Training(model, _tensors(adapter), [learner], config)
+        return Training(model, _tensors(adapter), [ClientRows(rows, (self._config.partition.seed,))], config)
 
     def peak_memory_bytes(self) -> int:
         """Most memory this process has held: on the GPU if there is one, else resident."""
