@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
+from experiments.drawing import readable, shortened
 from mops_fl.config import require_at_least, require_positive
 from mops_fl.errors import InputError
 
@@ -29,6 +32,9 @@ GREEDY: dict[str, Any] = {
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
     **dict.fromkeys(("guidance_scale", "watermarking_config")),
 }
+# Spaces and figures of a line that shows a score.
+BESIDE_BAR = 10
+HIGHEST_SEED = 2**32 - 1
 
 
 def adapter_options() -> argparse.ArgumentParser:
@@ -91,6 +97,8 @@ def read_generation_options(args: argparse.Namespace) -> dict[str, Any]:
     require_at_least("max-new-tokens", args.max_new_tokens, 1)
     require_at_least("beams", args.beams, 1)
     require_positive("repetition-penalty", args.repetition_penalty)
+    if args.seed is not None:
+        require_seed(args.seed)
     if not 0 <= args.temperature < math.inf:
         raise InputError(f"`temperature` is {args.temperature}; it must be a number of at least 0.")
     if not 0 < args.top_p <= 1:
@@ -105,10 +113,30 @@ def read_generation_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def require_seed(seed: int) -> None:
+    """Refuse what no generator of random numbers takes.
+
+    Raises:
+        InputError: it is out of range.
+    """
+    if not 0 <= seed <= HIGHEST_SEED:
+        raise InputError(f"`seed` is {seed}; it must be from 0 to {HIGHEST_SEED}.")
+
+
 def room_for_question(model: MopsModel, max_new_tokens: int) -> int:
-    """Most tokens of a question with its context, beside prompts and answer, in the backbone's window."""
+    """Most tokens of a question with its context, beside prompts and answer, in the backbone's window.
+
+    Raises:
+        InputError: the answer leaves none.
+    """
     window: int = model.config.max_position_embeddings
-    return window - model.adaptable.num_prompts - max_new_tokens
+    room = window - model.adaptable.num_prompts
+    if max_new_tokens >= room:
+        raise InputError(
+            f"`max-new-tokens` is {max_new_tokens}, but beside the prompts the backbone's window has room for {room} "
+            "tokens, of question and answer together; choose fewer."
+        )
+    return room - max_new_tokens
 
 
 def require_room(model: MopsModel, inputs: BatchEncoding, max_new_tokens: int) -> None:
@@ -145,13 +173,23 @@ def print_gate(model: MopsModel, inputs: BatchEncoding) -> None:
     if scores is None:
         print(f"{model.description.adapter.method} has no gate", file=sys.stderr)
     else:
-        print("\n".join(gate_lines(model.description.expert_names, scores[0].tolist())), file=sys.stderr)
+        width = Console(stderr=True).width if sys.stderr.isatty() else None
+        print("\n".join(gate_lines(model.description.expert_names, scores[0].tolist(), width)), file=sys.stderr)
 
 
-def gate_lines(names: Sequence[str], scores: Sequence[float]) -> list[str]:
-    """A line for each expert: name, bar, score."""
-    width = max(map(len, names))
+def gate_lines(names: Sequence[str], scores: Sequence[float], width: int | None = None) -> list[str]:
+    """A line for each expert: name, bar, score.
+
+    Args:
+        names: of the experts.
+        scores: of the experts, from 0 to 1.
+        width: most characters of a line, to which names are shortened; None: as many as they take.
+    """
+    for_name, bar = max(map(len, names)), BAR_WIDTH
+    if width is not None:
+        bar = max(1, min(bar, width // 2 - BESIDE_BAR))
+        for_name = max(1, min(for_name, width - BESIDE_BAR - bar))
     return [
-        f"  {name.replace('_', ' '):{width}}  {'█' * round(BAR_WIDTH * score):{BAR_WIDTH}}  {score:.2f}"
+        f"  {shortened(readable(name), for_name):{for_name}}  {'█' * round(bar * score):{bar}}  {score:.2f}"
         for name, score in zip(names, scores, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,11 @@ class AppFolder:
 
 def _check_pairs(text: str) -> None:
     """Flower passes over whatever is not `key=value`; a setting with spaces around its `=` would be lost."""
-    rest = re.sub(r"\S+?=('[^']*'|\"[^\"]*\"|\S+)", "", text).strip()
-    if rest and not text.endswith(".toml"):
+    if text.endswith(".toml"):
+        return
+    pairs = re.compile(r"(\S+?)=(?:'[^']*'|\"[^\"]*\"|\S+)")
+    for key, count in Counter(pairs.findall(text)).items():
+        if count > 1:
+            raise InputError(f"The run-config text {text!r} gives `{key}` {count} times; give it once.")
+    if pairs.sub("", text).strip():
         raise InputError(f"The run-config text {text!r} is not of the form key=value, without spaces around the =.")

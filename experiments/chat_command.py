@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import sys
 from pathlib import Path
@@ -59,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
         set_seed(args.seed)
     description = model.description
     print(f"{description.adapter.method} on {description.backbone.backbone}; /help lists the commands", file=sys.stderr)
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # not every Python is built with it
+            import readline  # noqa: F401 - gives `input` its editing of the line, and the earlier lines
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # else a wrong byte costs the lines that were read with it
     Chat(model, options, args.show_gate).loop()

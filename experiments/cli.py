@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; whatever ends it early is one sentence and an exit code.
 
     Returns:
-        The command's own exit code; 1 if it cannot go on, 2 for bad input, 130 for Ctrl-C.
+        The command's own exit code; 1 if it cannot go on, 2 for bad input, 130 for Ctrl-C, 141 if nobody reads what it
+        prints.
     """
     parser = argparse.ArgumentParser(
         "mops-fl",
@@ -45,12 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         code: int = args.run(args)
+        sys.stdout.flush()
     except InputError as error:
         print(f"mops-fl: {error}", file=sys.stderr)
         return 2
     except RunError as error:
         print(f"mops-fl: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # as `| head` leaves it; Python would complain again when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt as interrupt:
         print("mops-fl: interrupted", file=sys.stderr)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)

@@ -30,7 +30,7 @@ TASK_COLOURS = (
     "#999933",
     "#AA4499",
 )
-LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
+LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 DPI = 110
 WIDTH_INCHES = 9.0
 STYLE: dict[Any, Any] = {
@@ -73,6 +73,15 @@ def plot_curve(axes: Axes, points: Sequence[Point], **style: Any) -> None:  # no
     axes.plot([point.client_steps for point in points], [point.value for point in points], **style)
 
 
+def add_legend(axes: Axes) -> None:
+    """Name the curves beside the axes; a figure that is lower than their names becomes as high."""
+    several_styles = len(axes.get_lines()) > len(TASK_COLOURS)  # which a short line does not tell apart
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.5 if several_styles else 2)
+    figure = axes.figure.figure
+    inches = legend.get_window_extent().height / figure.dpi
+    figure.set_figheight(max(figure.get_figheight(), inches + 0.1))
+
+
 def label_perplexity_axes(axes: Axes) -> None:
     """Client steps against test perplexity on a log scale with readable ticks, once the curves are drawn."""
     axes.set_yscale("log")
@@ -102,6 +111,14 @@ def draw_bare_model(axes: Axes, metrics: Sequence[Mapping[str, Any]], drawn: Seq
 def wrapped(task: str, max_lines: int = 2, width: int = 24) -> str:
     """A task's name in short lines; a task file's may be longer than a plot is wide."""
     return textwrap.fill(readable(task), width, max_lines=max_lines, placeholder=" …")
+
+
+def shortened(name: str, width: int) -> str:
+    """A name of at most `width` characters; what is too much is cut from the middle, since names differ at the ends."""
+    if len(name) <= width:
+        return name
+    behind = (width - 1) // 2
+    return f"{name[: width - 1 - behind].rstrip()}…{name[len(name) - behind :].lstrip()}"
 
 
 def plain_number(value: float, _position: int | None = None) -> str:

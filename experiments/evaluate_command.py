@@ -86,8 +86,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("Only a run's folder knows its test rows; give rows with --data.")
     given = read_rows(args.data, args.tasks, args.rows) if args.data else None
     if args.json:
-        with writing(args.json, _ADVICE, InputError):  # now rather than after an hour
-            args.json.open("a").close()
+        _require_writable(args.json)  # now rather than after an hour
     model = load_model(args)
     data = given or run_rows(Path(args.adapter).expanduser(), model.description.data, args.tasks, args.rows)
     from mops_fl.encoding import RowEncoder
@@ -112,6 +111,15 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"{len(encoded)} rows, {truncated} truncated: {data.description}", markup=False, soft_wrap=True)
         console.print(_table(evaluation, scores, data))
     return 0
+
+
+def _require_writable(path: Path) -> None:
+    """Refuse a file that cannot be written; one that is not there is not made, since others read an empty one."""
+    is_new = not path.exists()
+    with writing(path, _ADVICE, InputError):
+        path.open("a").close()
+        if is_new:
+            path.resolve().unlink()
 
 
 def read_rows(path: Path, wanted: str, count: int) -> EvaluatedRows:

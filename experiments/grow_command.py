@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.adapter_options import require_seed
 from experiments.drawing import readable
 from experiments.durable import writing
 from experiments.evaluate_command import run_data
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     require_at_least("rows", args.rows, 1)
     require_at_least("steps", args.steps, 1)
     require_positive("lr", args.lr)
+    require_seed(args.seed)
     folder = RunFolder.open(args.run_folder.resolve())  # `.` has no name
     if folder.config.get("method") != "mops" or folder.config.get("routing") != "gate":
         raise InputError(f"{folder.path} has no gate to grow; name a run of MoPs with routing gate.")

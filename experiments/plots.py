@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,26 @@ from experiments.drawing import (
     LINE_STYLES,
     METHOD_COLOURS,
     TASK_COLOURS,
+    WIDTH_INCHES,
+    add_legend,
     draw_bare_model,
     drawn_figure,
     label_perplexity_axes,
     method_name,
     plain_number,
     plot_curve,
+    readable,
+    shortened,
     wrapped,
 )
 from experiments.run_folder import Point, RunFolder, series, task_names
+
+# More tasks than this have names of one line instead of two, and maps of the gate one below the other.
+FEW_TASKS = 7
+# Most tasks that an expert is named after; of the others only the number is said.
+MOST_NAMED = 4
+# Where a cell of a map is darker than this share of the darkest, white figures have a contrast of 4.5 and more.
+DARK = 0.71
 
 
 def plot_perplexity(run: RunFolder, target: Path) -> bool:
@@ -45,13 +57,15 @@ def plot_perplexity(run: RunFolder, target: Path) -> bool:
         plot_curve(axes, overall, color="black", linewidth=2.6, marker="o", markersize=5, label="all tasks", zorder=5)
         # The legend then reads from top to bottom as the curves' ends do.
         order = sorted(tasks, key=lambda task: -_last_value(tasks[task]))
-        colours = dict(zip(tasks, cycle(TASK_COLOURS), strict=False))
+        looks = dict(zip(tasks, cycle(product(LINE_STYLES, TASK_COLOURS)), strict=False))
+        names = dict(zip(tasks, _task_labels(list(tasks)), strict=True))
         for task in order:
-            plot_curve(axes, tasks[task], color=colours[task], linewidth=1.2, marker="o", markersize=2.5,
-                        label=wrapped(task))  # fmt: skip
+            style, colour = looks[task]
+            plot_curve(axes, tasks[task], color=colour, linestyle=style, linewidth=1.2, marker="o", markersize=2.5,
+                        label=names[task])  # fmt: skip
         draw_bare_model(axes, metrics, [point.value for curve in (overall, *tasks.values()) for point in curve])
         label_perplexity_axes(axes)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        add_legend(axes)
     return True
 
 
@@ -74,7 +88,7 @@ def plot_comparison(runs: Sequence[RunFolder], target: Path) -> bool:
             plot_curve(axes, curve, color=colours[method], linestyle=next(styles[method]), linewidth=1.8,
                         marker="o", markersize=3.5, label=label)  # fmt: skip
         label_perplexity_axes(axes)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        add_legend(axes)
     return True
 
 
@@ -93,13 +107,20 @@ def plot_gate(run: RunFolder, target: Path) -> bool:
     shown = sorted({rounds[0], rounds[len(rounds) // 2], rounds[-1]})
     num_experts = len(maps[rounds[0]])
     highest = max(float(np.nan_to_num(maps[number]).max()) for number in shown) or 1.0
-    with drawn_figure(target, height=2.2 + 0.34 * num_experts) as figure:
-        panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    experts = _expert_labels(run, num_experts)
+    most_lines = max(1 + name.count("\n") for name in experts)
+    map_height = num_experts * (0.34 + 0.19 * max(most_lines - 2, 0))
+    beside = len(tasks) <= FEW_TASKS
+    grid = (1, len(shown)) if beside else (len(shown), 1)
+    with drawn_figure(target, height=2.2 + map_height * grid[0] + 0.3 * (grid[0] - 1)) as figure:
+        figure.set_figwidth(max(WIDTH_INCHES, 3.5 + 0.16 * len(tasks) * grid[1]))
+        panels = list(figure.subplots(*grid, squeeze=False, sharex=True, sharey=True).flat)
         for axes, number in zip(panels, shown, strict=True):
-            image = draw_gate_map(axes, maps[number], [wrapped(task) for task in tasks], highest, rotation=90)
+            image = draw_gate_map(axes, maps[number], _task_labels(tasks), highest, rotation=90)
             axes.set_title("before training" if number == 0 else f"after round {number}")
-        panels[0].set_yticks(range(num_experts), _expert_labels(run, num_experts), fontsize=8.5)
-        panels[0].set_ylabel("expert")
+            axes.set_yticks(range(num_experts), experts, fontsize=8.5)
+        for axes in panels[: grid[0]]:
+            axes.set_ylabel("expert")
         figure.supxlabel("task of the test rows", fontsize=10)
         figure.colorbar(image, ax=panels, fraction=0.025, pad=0.01, label="mean gate score")
     return True
@@ -127,7 +148,7 @@ def plot_drift(run: RunFolder, target: Path) -> bool:
         axes.set_xlabel("client steps")
         axes.set_ylabel("drift (root mean square)")
         axes.grid(axis="y", color="#E3E3E3", linewidth=0.7)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        add_legend(axes)
     return True
 
 
@@ -213,7 +234,7 @@ def draw_gate_map(axes: Axes, scores: np.ndarray, columns: Sequence[str], highes
     """Draw the gate's scores (experts, columns), shaded up to `highest`, each column's name turned by `rotation`."""
     image = axes.imshow(scores, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
     _write_cells(axes, scores, highest)
-    axes.set_xticks(range(len(columns)), columns, rotation=rotation, fontsize=8.5)
+    axes.set_xticks(range(len(columns)), columns, rotation=rotation, fontsize=8.5, linespacing=1.05)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return image
@@ -225,7 +246,7 @@ def _write_cells(axes: Axes, scores: np.ndarray, highest: float) -> None:
         return
     for (row, column), score in np.ndenumerate(scores):
         text = "" if math.isnan(score) else f"{score:.2f}".removeprefix("0")
-        colour = "white" if score > 0.5 * highest else "black"
+        colour = "white" if score > DARK * highest else "black"
         axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
 
 
@@ -233,12 +254,25 @@ def _expert_number(metric: str) -> int:
     return int(metric.rpartition("-")[2])
 
 
+def _task_labels(tasks: Sequence[str]) -> list[str]:
+    """The names of tasks, which have room for two lines each where they are few."""
+    return [wrapped(task) if len(tasks) <= FEW_TASKS else shortened(readable(task), 28) for task in tasks]
+
+
 def _expert_labels(run: RunFolder, num_experts: int) -> list[str]:
     """The tasks each expert was pretrained for in the gate; its number where there are none."""
     tasks = list(run.results().get("experts") or [])
     tasks += [[]] * (num_experts - len(tasks))
-    names = [wrapped(" + ".join(own), max_lines=2 * len(own)) if own else "" for own in tasks]
-    return [names[number] or str(number) for number in range(num_experts)]
+    return [_joined(tasks[number]) or str(number) for number in range(num_experts)]
+
+
+def _joined(tasks: Sequence[str]) -> str:
+    """Several tasks in short lines, none of which breaks within a name; the name of a single one."""
+    if len(tasks) < 2:
+        return "".join(map(wrapped, tasks))
+    names = [shortened(readable(task), 22).replace(" ", "\N{NO-BREAK SPACE}") for task in tasks[:MOST_NAMED]]
+    more = [f"{len(tasks) - MOST_NAMED} more"] if len(tasks) > MOST_NAMED else []
+    return textwrap.fill(" + ".join([*names, *more]), 24).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _last_value(points: Sequence[Point]) -> float:

@@ -32,18 +32,25 @@ def run(args: argparse.Namespace) -> int:
         The exit code, 0.
 
     Raises:
-        InputError: one is neither a run folder nor a sweep, a file of a run is corrupt, or a folder cannot be written.
+        InputError: one is neither a run folder nor a sweep, a file of a run is corrupt, a folder cannot be written, or
+            an output is named without a sweep.
     """
     sweeps = [read_sweep(path, args.output) for path in args.paths if path.suffix == ".toml"]
     runs = [RunFolder.open(path) for path in args.paths if path.suffix != ".toml"]
+    if args.output and not sweeps:
+        raise InputError(
+            "--output is where the run folders of sweeps are, and no sweep is named; leave it out, since a run's "
+            "report is written into the run's folder."
+        )
     for folder in runs:
         try:
-            print(write_report(folder))
+            report = write_report(folder)
         except OSError as error:
             raise InputError(
                 f"{folder.path} cannot be written ({error.strerror}); mend its permissions, or copy it and report on "
                 "the copy."
             ) from error
+        print(report)
     for sweep in sweeps:
         print(write_sweep_report(sweep) + f"\nwritten: {sweep.output / sweep.name}.md")
     return 0

@@ -7,14 +7,15 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments.central_run import run_centrally
 from experiments.compress_command import prune_if_missing
@@ -29,6 +30,10 @@ from mops_fl.errors import InputError
 BACKENDS: dict[str, Backend] = {"federated": run_inline, "central": run_centrally}
 # Exit codes from here on are a signal's.
 SIGNALLED = 128
+RUNNING = "running"
+# Lines of a table beside its rows, and the line that counts.
+TABLE_FRAME = 4
+COUNTS = 1
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -74,7 +79,7 @@ def _run_all(sweep: Sweep, chosen: Sequence[Planned], states: dict[Path, str]) -
                 say(one, state)
                 continue
             began = time.monotonic()
-            say(one, "running")
+            say(one, RUNNING)
             code = _run_one(sweep, one, state)
             states[one.folder] = _ended(one, code)
             say(one, f"{states[one.folder]}, {(time.monotonic() - began) / 60:.1f} min")
@@ -140,16 +145,31 @@ class _Say:
     def __init__(self, console: Console, runs: Sequence[Planned], states: dict[Path, str]) -> None:
         self._console = console
         self._rows = {one.folder: self._row(one, states[one.folder]) for one in runs}
+        self._states = {one.folder: states[one.folder] for one in runs}
+        self._ended: list[Path] = []
+        self.whole = False
 
     def __call__(self, one: Planned, state: str) -> None:
-        self._rows[one.folder] = self._row(one, state)
+        self._rows[one.folder], self._states[one.folder] = self._row(one, state), state
+        if state != RUNNING:
+            self._ended.append(one.folder)
         if not self._console.is_terminal:
             self._console.print(f"{one.folder.name}: {state}", markup=False, highlight=False, soft_wrap=True)
 
     def __rich__(self) -> Table:
-        table = Table("row", "method", "seed", "status", "perplexity")
-        for row in self._rows.values():
-            table.add_row(*row)
+        """All rows; where the terminal is too low for them: those that run, the last that ended, and how many are what.
+
+        With `whole` set it is all rows in any case.
+        """
+        table = _table(self._rows.values())
+        if self.whole or len(self._console.render_lines(table)) <= self._console.height:
+            return table
+        running = [folder for folder, state in self._states.items() if state == RUNNING]
+        room = max(self._console.height - TABLE_FRAME - COUNTS - len(running), 1)
+        shown = [self._rows[folder] for folder in [*self._ended[-room:], *running]]
+        table = _table(([part.partition(", see ")[0] for part in row] for row in shown), no_wrap=True)
+        counts = Counter(state.partition(",")[0] for state in self._states.values())
+        table.caption = f"{len(self._states)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items())
         return table
 
     def _row(self, one: Planned, state: str) -> tuple[str, ...]:
@@ -159,11 +179,22 @@ class _Say:
         return one.row, one.method, str(one.seed), state, perplexity
 
 
+def _table(rows: Iterable[Sequence[str]], no_wrap: bool = False) -> Table:
+    names = ("row", "method", "seed", "status", "perplexity")
+    table = Table(*(Column(name, no_wrap=no_wrap) for name in names))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 @contextlib.contextmanager
 def _shown(console: Console, runs: Sequence[Planned], states: dict[Path, str]) -> Iterator[_Say]:
     say = _Say(console, runs, states)
     if console.is_terminal:
         with Live(say, console=console, refresh_per_second=1, redirect_stdout=False, redirect_stderr=False):
-            yield say
+            try:
+                yield say
+            finally:
+                say.whole = True  # what stays on the terminal may be longer than it
     else:
         yield say

@@ -134,3 +134,8 @@ def test_folder_without_an_app_is_refused(name, tmp_path, monkeypatch):
 def test_text_that_is_not_key_value_is_refused_and_not_passed_over(app, text):
     with pytest.raises(InputError, match="key=value"):
         AppFolder.find(str(app)).run_config([text])
+
+
+def test_key_that_one_text_gives_twice_is_named(app):
+    with pytest.raises(InputError, match="gives `lr` 2 times; give it once"):
+        AppFolder.find(str(app)).run_config(["lr=0.5 name='lr=1 lr=2' lr=0.6"])

@@ -2,6 +2,8 @@
 
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -40,3 +42,20 @@ def test_command_that_ends_early_says_so_in_one_sentence(capsys, monkeypatch, en
     monkeypatch.setattr(generate_command, "run", end)
     assert main(["generate", "--adapter", "run", "hello"]) == code
     assert capsys.readouterr().err == f"mops-fl: {sentence}\n"
+
+
+@pytest.mark.parametrize("characters", [1, 100_000])
+def test_pipe_that_nobody_reads_ends_a_command_without_a_word(characters):
+    code = (
+        "import sys; from experiments import cli, generate_command\n"
+        f"generate_command.run = lambda args: sys.stdin.read() and print('x' * {characters}) or 0\n"
+        "sys.exit(cli.main(['generate', '--adapter', 'run', 'hello']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        process.stdin.write(b"go")
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 128 + signal.SIGPIPE

@@ -33,7 +33,7 @@ def evaluate(make_usable_run, tmp_path):
 def test_answers_that_would_leave_the_window_are_refused_before_anything_is_measured(evaluate, capsys, monkeypatch):
     monkeypatch.setattr(evaluate_command, "answer_rows", lambda *_: pytest.fail("answered"))
     assert evaluate({"open_qa": 2}, "--max-new-tokens", "600") == 2  # the tiny model has 512 positions
-    assert "shorten it or the answer" in capsys.readouterr().err
+    assert "has room for 498 tokens, of question and answer together" in capsys.readouterr().err
 
 
 def test_window_has_room_for_any_answer_that_is_not_made(evaluate):

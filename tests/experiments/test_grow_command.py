@@ -126,3 +126,10 @@ def test_names_of_tasks_are_shown_as_they_are():
         console.print(grow_command._table(growth, ("qa [easy]", "x[/b]")))
     assert "qa [easy]" in capture.get()
     assert capture.get().count("x[/b]") == 2  # in the title too
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seed_that_no_generator_takes_is_refused_before_anything_is_made(seed, tmp_path, capsys):
+    assert main(["grow", str(tmp_path / "run"), "--seed", str(seed)]) == 2
+    assert f"`seed` is {seed}; it must be from 0 to 4294967295." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments import report
+from experiments import report, report_command
 from experiments.cli import main
 from experiments.run_folder import RunFolder
 
@@ -38,7 +39,7 @@ def test_report_names_every_task_and_value_and_needs_no_network(make_run) -> Non
         assert text in html
     # before 40 -> after 20 is -50 %; closed_qa is 0.8 times as hard as the whole.
     assert "-50.0 %" in html
-    row = re.search(r"<td>closed qa</td>(.*?)</tr>", html).group(1)
+    row = re.search(r'<th scope="row">closed qa</th>(.*?)</tr>', html).group(1)
     assert re.findall(r">([^<>]+)</td>", row) == ["48.00", "32.00", "16.00", "-50.0 %"]
     assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//""", html)
     assert "<script" not in html
@@ -131,6 +132,32 @@ def test_command_makes_each_report_and_prints_where(make_run, capsys: pytest.Cap
     assert main(["report", *map(str, folders)]) == 0
     assert capsys.readouterr().out.split() == [str(folder / "report.html") for folder in folders]
     assert all((folder / "report.html").stat().st_size > 10_000 for folder in folders)
+
+
+def test_report_can_be_read_without_a_mouse_and_without_eyes(make_run) -> None:
+    html = html_of(make_run())
+    assert html.count("<main>") == html.count("</main>") == 1
+    regions = re.findall('<div class="scroll"([^>]*)>', html)
+    assert len(regions) == 4
+    assert all('tabindex="0" role="region" aria-label="' in attributes for attributes in regions)
+    assert set(re.findall("<th(.*?)>", html)) == {' scope="col"', ' scope="col" class="number"', ' scope="row"'}
+    assert "<tr><td" not in html
+
+
+def test_output_without_a_sweep_is_refused(make_run, tmp_path: Path, capsys) -> None:
+    run = make_run()
+    assert main(["report", str(run.path), "--output", str(tmp_path / "there")]) == 2
+    assert "no sweep is named; leave it out" in capsys.readouterr().err
+    assert not (run.path / report.REPORT).exists()
+
+
+def test_pipe_that_ends_early_says_nothing_against_the_folder(make_run, without_plots, monkeypatch) -> None:
+    def end(*_) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", end)
+    with pytest.raises(BrokenPipeError):
+        report_command.run(argparse.Namespace(paths=[make_run().path], output=None))
 
 
 def test_folder_that_cannot_be_written_is_one_sentence(make_run, without_plots, capsys) -> None:

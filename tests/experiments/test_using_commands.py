@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -84,6 +85,15 @@ def test_bars_are_as_long_as_the_scores():
     assert lines == ["  a b  " + "█" * 27 + " " * 3 + "  0.90", "  c    " + "█" * 3 + " " * 27 + "  0.10"]
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_bars_of_long_names_fit_the_terminal(width):
+    tasks = [f"task{number:03d}_scan_structured_text_generation_command_{number}" for number in range(7)]
+    lines = gate_lines([*tasks, ", ".join(tasks)], [1.0, *[0.0] * 7], width)
+    assert {len(line) for line in lines} == {width}
+    assert len({line[: 2 + width // 2] for line in lines}) == 8
+    assert lines[1].startswith("  task001 sc")
+
+
 def test_method_without_gate_says_so(runs, capsys):
     assert main(["generate", "--adapter", str(runs["lora"]), *NEW, "--show-gate", "Why?"]) == 0
     captured = capsys.readouterr()
@@ -122,6 +132,10 @@ def test_generation_options_reach_the_model(run, model, capsys):
         (["--top-p", "0"], "`top-p` is 0.0"),
         (["--beams", "0"], "`beams` is 0"),
         (["--repetition-penalty", "0"], "`repetition-penalty` is 0.0"),
+        (["--seed", "-1"], "`seed` is -1"),
+        (["--seed", "4294967296"], "`seed` is 4294967296; it must be from 0 to 4294967295"),
+        # The tiny model has 512 positions, 14 of them for prompts.
+        (["--max-new-tokens", "600"], "the backbone's window has room for 498 tokens, of question and answer"),
         (["--context", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--device", "tpu9"], "device 'tpu9' cannot be used"),
         (["--backbone", "nobody/nothing"], "mops-fl fetch"),
@@ -159,6 +173,18 @@ def test_chat_keeps_the_conversation_until_it_is_told_to_forget(chat, model):
     second = model.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert chat("Why?", "Who?").out == f"{first}\n{second}\n"
     assert chat("Why?", "/new", "Who?").out == f"{first}\n{library_answer(model, 'Who?')}\n"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_lines_typed_at_a_terminal_can_be_edited_where_python_can(there, run, capsys, monkeypatch):
+    terminal = io.StringIO("Why?\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    monkeypatch.delitem(sys.modules, "readline", raising=False)
+    if not there:
+        monkeypatch.setitem(sys.modules, "readline", None)
+    assert main(["chat", "--adapter", str(run), *NEW]) == 0
+    assert (sys.modules.get("readline") is not None) == there
 
 
 def test_chat_commands(chat, model, tmp_path):
@@ -336,6 +362,13 @@ def test_refused_evaluation_leaves_earlier_figures(capsys, tmp_path, run):
     options = ["--data", str(sample_path()), "--json", str(tmp_path / "out.json")]
     assert main(["evaluate", "--adapter", str(tmp_path / "no-adapter"), *options]) == 2
     assert (tmp_path / "out.json").read_text(encoding="utf-8") == "earlier"
+
+
+def test_refused_evaluation_leaves_no_empty_file(capsys, tmp_path, run):
+    (tmp_path / "no-adapter").mkdir()
+    options = ["--data", str(sample_path()), "--json", str(tmp_path / "out.json")]
+    assert main(["evaluate", "--adapter", str(tmp_path / "no-adapter"), *options]) == 2
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_tasks_of_the_runs_own_rows_can_be_chosen(run, capsys, tmp_path):
