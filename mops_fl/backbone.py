@@ -18,7 +18,7 @@ from mops_fl.config import OWN_EMBEDDING, BackboneConfig
 from mops_fl.embedder import TextEmbedder
 from mops_fl.errors import InputError
 from mops_fl.head_loss import head_nll
-from mops_fl.supported import SUPPORTED_KINDS, take_over_attention
+from mops_fl.supported import SUPPORTED_KINDS, refuse_experts, take_over_attention
 
 
 class Backbone:
@@ -74,7 +74,8 @@ class Backbone:
             device: as torch names it; `auto` is the GPU if there is one, else the CPU.
 
         Raises:
-            InputError: the model is not on this machine, or cannot be read, or there is no such device.
+            InputError: the model is not on this machine, cannot be read, is not supported, or has experts and is to be
+                quantised; or there is no such device.
         """
         folder = resolve_model(config)
         where = resolve_device(device)
@@ -99,6 +100,8 @@ class Backbone:
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"The model in {folder} cannot be loaded ({error}); fetch or copy it again.") from error
+        if config.quantization != "none":
+            refuse_experts(model, f"quantization {config.quantization}")
         backbone = cls(model, tokenizer, config, embedder)
         if config.quantization != "none" and where.type == "cpu":
             quantize_linears(backbone._decoder.layers, config.quantization)

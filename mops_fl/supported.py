@@ -56,6 +56,23 @@ def has_experts(layers: nn.Module) -> bool:
     return any(parameter.dim() > 2 for parameter in layers.parameters())
 
 
+def refuse_experts(model: nn.Module, change: str) -> None:
+    """Refuse a change of the linear layers that would leave out most of the weights.
+
+    Args:
+        model: whose layers are to be changed.
+        change: what is to be done to them, as a noun.
+
+    Raises:
+        InputError: the model has experts.
+    """
+    if has_experts(model):
+        raise InputError(
+            f"{type(model).__name__} has experts, most of its weights, which {change} would leave as they are; "
+            "use it as it is, or a model without experts."
+        )
+
+
 def _refusal(model: nn.Module, reason: str) -> InputError:
     return InputError(f"{type(model).__name__} is not supported as a backbone ({reason}); use {SUPPORTED_KINDS}.")
 
