@@ -149,7 +149,8 @@ def _grow(folder: RunFolder, data: TaskData, task: str, args: argparse.Namespace
     old_pooled, _ = gate_inputs(model, [encode(row) for row in data.server], config.num_experts)
     pooled = torch.cat([new_pooled, old_pooled]).cpu()
     grown = add_expert(state, new_pooled.cpu(), config.prompts_per_expert, config.gate_temperature)
-    grown = fit_gate_row(grown, pooled, torch.arange(len(pooled)) < len(few), config.gate_temperature)
+    is_new = torch.arange(len(pooled)) < len(few)
+    grown = fit_gate_row(grown, pooled, is_new, config.gate_temperature, num_old_tasks=len(data.trained_tasks))
     grown = train_last_expert(
         grown_model, grown, few, config.prompts_per_expert, num_steps=args.steps, lr=args.lr, generator=generator
     )

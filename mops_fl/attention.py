@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -21,6 +22,36 @@ PACKED_ATTENTION = "mops_packed"
 
 # Sliding window or None -> mask `(B, 1, q, S)`, True where a query sees a key; None where each sees all.
 Visibility = Callable[[int | None], Tensor | None]
+
+# What decoder layers hand on and causal attention of a frozen model has no use for.
+UNUSED_KEYWORDS = {"dropout", "position_ids", "use_cache"}
+
+
+class SharedPrefix:
+    """Keys and values of positions that stand before every row, computed once.
+
+    Decoder layers take it as transformers' `past_key_values`: the first pass fills it, later ones only read.
+
+    Attributes:
+        length: its positions, 0 until it is filled.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
+        """Keys and values `(1, G, S + T, d)` of the prefix and a row; the first call of a layer sets its prefix."""
+        if layer_idx not in self._layers:
+            self._layers[layer_idx] = (key, value)
+            return key, value
+        prefix_key, prefix_value = self._layers[layer_idx]
+        return torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)
+
+    def put_into(self, cache: Cache, num_rows: int) -> None:
+        """Begin the cache of `num_rows` rows with these positions, in the layers that ran on them."""
+        for layer_idx, (key, value) in self._layers.items():
+            cache.update(key.expand(num_rows, -1, -1, -1), value.expand(num_rows, -1, -1, -1), layer_idx)
 
 
 def packed_attention(
@@ -35,7 +66,7 @@ def packed_attention(
     visible: Visibility | None = None,
     value_scale: Tensor | None = None,
     sliding_window: int | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Attend within each packed row; the signature is that of transformers' attention functions.
 
@@ -51,10 +82,17 @@ def packed_attention(
         visible: given instead of `lengths`: the rows are a padded batch, query `(B, H, q, d)`, key `(B, G, S, d)`.
         value_scale: `(T,)` factor on the value vectors: the gate's score at prompts, one elsewhere.
         sliding_window: number of last positions a query sees, None for all.
+        others: what else the layer asks for, such as a soft cap of the scores or attention sinks; all None.
 
     Returns:
         `(1, T, H, d)` and None for the weights, which are never formed as such.
+
+    Raises:
+        NotImplementedError: the layer has a mask of its own, or asks for something else that is not here.
     """
+    asked = {"attention_mask": attention_mask, **others}
+    if unknown := [name for name, value in asked.items() if value is not None and name not in UNUSED_KEYWORDS]:
+        raise NotImplementedError(f"attention with {' and '.join(unknown)} is not implemented")
     if lengths is None:
         assert visible is not None
         return sdpa_attention_forward(module, query, key, value, visible(sliding_window), scaling=scaling)

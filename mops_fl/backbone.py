@@ -9,42 +9,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from mops_fl.attention import PACKED_ATTENTION, visibility
+from mops_fl.attention import SharedPrefix, visibility
 from mops_fl.compressed import resolve_model
 from mops_fl.config import OWN_EMBEDDING, BackboneConfig
 from mops_fl.embedder import TextEmbedder
 from mops_fl.errors import InputError
 from mops_fl.head_loss import head_nll
-
-
-class SharedPrefix:
-    """Keys and values of positions that stand before every row, computed once.
-
-    Decoder layers take it as transformers' `past_key_values`: the first pass fills it, later ones only read.
-
-    Attributes:
-        length: its positions, 0 until it is filled.
-    """
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Keys and values `(1, G, S + T, d)` of the prefix and a row; the first call of a layer sets its prefix."""
-        if layer_idx not in self._layers:
-            self._layers[layer_idx] = (key, value)
-            return key, value
-        prefix_key, prefix_value = self._layers[layer_idx]
-        return torch.cat([prefix_key, key], 2), torch.cat([prefix_value, value], 2)
-
-    def put_into(self, cache: Cache, num_rows: int) -> None:
-        """Begin the cache of `num_rows` rows with these positions, in the layers that ran on them."""
-        for layer_idx, (key, value) in self._layers.items():
-            cache.update(key.expand(num_rows, -1, -1, -1), value.expand(num_rows, -1, -1, -1), layer_idx)
+from mops_fl.supported import SUPPORTED_KINDS, refuse_experts, take_over_attention
 
 
 class Backbone:
@@ -73,13 +47,12 @@ class Backbone:
         """Freeze `model` and route its attention through `packed_attention`.
 
         Raises:
-            InputError: the model has no `.model.layers` (not a Llama-like decoder).
+            InputError: the model has no `.model.layers`, or is more than the loop over them computes.
         """
         decoder: Any = getattr(model, "model", None)
         if not all(hasattr(decoder, part) for part in ("embed_tokens", "layers", "norm", "rotary_emb")):
             raise InputError(
-                f"{type(model).__name__} has no `.model.layers` with rotary positions; "
-                "use a decoder-only model of the Llama, Mistral or Qwen family."
+                f"{type(model).__name__} has no `.model.layers` with rotary positions; use {SUPPORTED_KINDS}."
             )
         self.model: Any = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
@@ -90,7 +63,7 @@ class Backbone:
         self.hidden_size: int = decoder.embed_tokens.weight.shape[1]
         self.dtype: torch.dtype = decoder.embed_tokens.weight.dtype
         self.device: torch.device = decoder.embed_tokens.weight.device
-        self._take_over_attention()
+        take_over_attention(self)
 
     @classmethod
     def load(cls, config: BackboneConfig, device: str = "auto") -> "Backbone":
@@ -101,7 +74,8 @@ class Backbone:
             device: as torch names it; `auto` is the GPU if there is one, else the CPU.
 
         Raises:
-            InputError: the model is not on this machine, or cannot be read, or there is no such device.
+            InputError: the model is not on this machine, cannot be read, is not supported, or has experts and is to be
+                quantised; or there is no such device.
         """
         folder = resolve_model(config)
         where = resolve_device(device)
@@ -126,6 +100,8 @@ class Backbone:
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"The model in {folder} cannot be loaded ({error}); fetch or copy it again.") from error
+        if config.quantization != "none":
+            refuse_experts(model, f"quantization {config.quantization}")
         backbone = cls(model, tokenizer, config, embedder)
         if config.quantization != "none" and where.type == "cpu":
             quantize_linears(backbone._decoder.layers, config.quantization)
@@ -249,32 +225,6 @@ class Backbone:
         """Logits `(..., V)` after the last layer's output `(..., D)`."""
         logits: Tensor = self.model.lm_head(self._decoder.norm(hidden))
         return logits
-
-    @torch.no_grad()
-    def _take_over_attention(self) -> None:
-        """Switch to packed attention, and check that the explicit loop still computes what the model does.
-
-        Families that scale embeddings or logits, or want masks of their own, would else be silently wrong.
-        """
-        token_ids = torch.arange(8, device=self.device)
-        expected = self.model(token_ids[None]).logits[0].float()
-        self.model.config._attn_implementation = PACKED_ATTENTION
-        # Measured on SmolLM2: 1e-6 in float32, 2e-2 in bfloat16, which rounds differently with another kernel, and
-        # 0.15 in bfloat16 with quantised weights, which make more of it.
-        tolerance = 1e-4 if self.dtype == torch.float32 else 1e-1
-        if getattr(self.model, "is_quantized", False):
-            tolerance = 5e-1
-        try:
-            hidden = self.run_layers(self.embed(token_ids), [len(token_ids)], 0, self.num_layers)
-            found = self.logits(hidden).float()
-            agrees = bool((found - expected).abs().mean() <= tolerance * expected.std())
-        except (TypeError, AttributeError, RuntimeError):
-            agrees = False
-        if not agrees:
-            raise InputError(
-                f"{type(self.model).__name__} is not just embedding, layers, norm and head; "
-                "use a model of the Llama, Mistral or Qwen family."
-            )
 
     def token_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood, in nats and float32, of the token that follows each position.

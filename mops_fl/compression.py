@@ -71,8 +71,8 @@ def compress(
         A folder in the cache, for `from_pretrained`, with a receipt in `COMPRESSION_RECEIPT`.
 
     Raises:
-        InputError: no such model, or a pruned one; llmcompressor is not installed; the server has too few rows; or a
-            matrix does not divide into the recipe's groups.
+        InputError: no such model, or a pruned one; llmcompressor is not installed; the server has too few rows; the
+            model has experts; or a matrix does not divide into the recipe's groups.
     """
     _require_llmcompressor()
     folder = resolve_backbone(backbone)

@@ -41,7 +41,9 @@ def add_expert(state: AdapterState, pooled: Tensor, prompts_per_expert: int, tem
     }
 
 
-def fit_gate_row(state: AdapterState, pooled: Tensor, is_new: Tensor, temperature: float) -> AdapterState:
+def fit_gate_row(
+    state: AdapterState, pooled: Tensor, is_new: Tensor, temperature: float, *, num_old_tasks: int
+) -> AdapterState:
     """The adapter with the last expert's row of the gate fitted; nothing else in it changes.
 
     The last expert's share of the softmax is `sigmoid(z - logsumexp(others))`, with `z` linear in the hidden layer; all
@@ -52,6 +54,7 @@ def fit_gate_row(state: AdapterState, pooled: Tensor, is_new: Tensor, temperatur
         pooled: `(R, D)` gate inputs of rows of the new task and of old ones.
         is_new: `(R,)` bool.
         temperature: the gate's logits are divided by it.
+        num_old_tasks: tasks that the rows of old ones are of, however many experts these share.
     """
     with torch.no_grad():
         gate = Gate([state])
@@ -62,8 +65,7 @@ def fit_gate_row(state: AdapterState, pooled: Tensor, is_new: Tensor, temperatur
     bias = others.mean().detach().clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([row, bias], max_iter=500, line_search_fn="strong_wolfe")
     # As if all tasks were equally frequent, one of them new.
-    num_old = len(state["gate.b2"]) - 1
-    balance = is_new.float() / is_new.sum() + num_old * (~is_new).float() / (~is_new).sum()
+    balance = is_new.float() / is_new.sum() + num_old_tasks * (~is_new).float() / (~is_new).sum()
 
     def loss() -> Tensor:
         optimizer.zero_grad()

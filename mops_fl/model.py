@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from mops_fl.adapter import AdapterState, PromptAdapter
-from mops_fl.backbone import Backbone, SharedPrefix
+from mops_fl.attention import SharedPrefix
+from mops_fl.backbone import Backbone
 from mops_fl.config import AdapterConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from mops_fl.errors import InputError
 from mops_fl.recipe import BLOCK_SIZE, PruningRecipe
+from mops_fl.supported import refuse_experts
 
 DAMPENING = 0.01  # added to the Hessian's diagonal, as a share of its mean; SparseGPT's own value
 
@@ -40,9 +41,10 @@ def prune(
         The pruned weights by the names of their linear layers, float32, and llmcompressor's warnings.
 
     Raises:
-        InputError: a matrix does not divide into the recipe's groups.
+        InputError: the model has experts, or a matrix does not divide into the recipe's groups.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    refuse_experts(model, f"pruning by {recipe}")
     linears = decoder_linears(model)
     _check_groups(linears, recipe)
     rows: Any = [{"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)} for token_ids in calibration]

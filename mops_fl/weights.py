@@ -25,6 +25,7 @@ from mops_fl.adapter import Adapter, AdapterState
 from mops_fl.backbone import Backbone
 from mops_fl.config import AdapterConfig
 from mops_fl.encoding import EncodedRow
+from mops_fl.errors import InputError
 from mops_fl.losses import RowLosses, plain_losses
 
 Change = Callable[[nn.Module, Tensor], Tensor]
@@ -73,11 +74,15 @@ class AdaptedModel:
     num_prompts = 0
 
     def __init__(self, backbone: Backbone, config: AdapterConfig) -> None:
-        """Put an `AdaptedLinear` around each matrix that the method changes, unless one is there."""
+        """Put an `AdaptedLinear` around each matrix that the method changes, unless one is there.
+
+        Raises:
+            InputError: a layer has no such matrix.
+        """
         self.backbone = backbone
         self._config = config
         self._rule = RULES[config.method]
-        for name, linear in _targets(backbone, self._rule).items():
+        for name, linear in _targets(backbone, config.method).items():
             parent, _, attribute = name.rpartition(".")
             setattr(backbone.layers.get_submodule(parent), attribute, AdaptedLinear(linear, name))
 
@@ -116,11 +121,15 @@ class AdaptedModel:
 
 
 def initial_weights(backbone: Backbone, config: AdapterConfig, generator: torch.Generator) -> AdapterState:
-    """An adapter that changes nothing yet, however it is drawn."""
+    """An adapter that changes nothing yet, however it is drawn.
+
+    Raises:
+        InputError: a layer has no matrix that the method changes.
+    """
     rule = RULES[config.method]
     return {
         f"{name}.{part}": tensor
-        for name, linear in _targets(backbone, rule).items()
+        for name, linear in _targets(backbone, config.method).items()
         for part, tensor in rule.start(name, linear, config, generator).items()
     }
 
@@ -130,7 +139,7 @@ class Rule:
     """How a method changes matrices.
 
     Attributes:
-        targets: names of the matrices within a layer.
+        targets: the matrices within each layer.
         start: (name, matrix, config, generator) -> arrays of one matrix, in the order that `change` takes them.
         change: (name, arrays with leading `J`, positions of each adapter, config) -> what the matrix then does.
     """
@@ -180,15 +189,23 @@ def _scales_input(name: str) -> bool:
 
 
 RULES = {
-    "lora": Rule(("q_proj", "v_proj"), _start_lora, _change_lora),
-    "ia3": Rule(("k_proj", "v_proj", "down_proj"), _start_ia3, _change_ia3),
+    "lora": Rule(("self_attn.q_proj", "self_attn.v_proj"), _start_lora, _change_lora),
+    "ia3": Rule(("self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"), _start_ia3, _change_ia3),
 }
 
 
-def _targets(backbone: Backbone, rule: Rule) -> dict[str, Any]:
-    """Name within the layers -> frozen matrix, in the order of the layers."""
-    return {
-        name: module.base if isinstance(module, AdaptedLinear) else module
-        for name, module in backbone.layers.named_modules()
-        if name.rpartition(".")[2] in rule.targets
-    }
+def _targets(backbone: Backbone, method: str) -> dict[str, Any]:
+    """Name within the layers -> frozen matrix, in the order of the layers.
+
+    Raises:
+        InputError: one is missing, as where projections are fused or layers have experts.
+    """
+    modules = dict(backbone.layers.named_modules())
+    names = [f"{layer}.{target}" for layer in range(backbone.num_layers) for target in RULES[method].targets]
+    if missing := [name for name in names if name not in modules]:
+        raise InputError(
+            f"{type(backbone.model).__name__} has no layers.{missing[0]}, which the method {method} changes; choose "
+            "method mops or fedprompt, or a backbone such as Llama, Mistral, Qwen2 or Qwen3."
+        )
+    found = {name: modules[name] for name in names}
+    return {name: module.base if isinstance(module, AdaptedLinear) else module for name, module in found.items()}

@@ -355,6 +355,18 @@ def test_matrix_that_does_not_divide_into_groups_is_refused(byte_tokenizer, tiny
         press(tmp_path / "odd", run_config, "sparsegpt:7:8")
 
 
+def test_model_with_experts_is_refused_since_most_of_it_would_stay_dense(
+    byte_tokenizer, tiny_model, run_config, cache, tmp_path
+):
+    tiny_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16).save_pretrained(
+        tmp_path / "moe"
+    )
+    byte_tokenizer.save_pretrained(tmp_path / "moe")
+    with pytest.raises(InputError, match=r"Qwen3MoeForCausalLM has experts.* pruning by sparsegpt:75% would leave"):
+        press(tmp_path / "moe", run_config, "sparsegpt:75%")
+    assert not list(cache.glob("compressed/*"))
+
+
 def test_without_llmcompressor_one_sentence_says_what_to_install(tiny_model_folder, run_config, monkeypatch):
     monkeypatch.setattr(compression.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install 'mops-fl\[compress\]'"):

@@ -40,7 +40,7 @@ def test_gate_gives_the_new_expert_its_own_rows_and_no_others(state, pooled):
     old, new = pooled
     is_new = torch.arange(28) >= 20
     grown = add_expert(state, new, prompts_per_expert=2, temperature=1)
-    fitted = fit_gate_row(grown, torch.cat(pooled), is_new, 1)
+    fitted = fit_gate_row(grown, torch.cat(pooled), is_new, 1, num_old_tasks=3)
     scores = Gate([fitted])(torch.cat(pooled)).softmax(-1)
     assert (scores[20:, 3] > 0.5).all()
     assert (scores[:20, 3] < 0.5).all()
@@ -55,10 +55,22 @@ def test_gate_gives_the_new_expert_its_own_rows_and_no_others(state, pooled):
 def test_a_gate_that_is_certain_of_an_old_expert_is_still_won_over(state, pooled):
     certain = {**state, "gate.b2": torch.tensor([500.0, 0.0, 0.0])}
     grown = add_expert(certain, pooled[1], prompts_per_expert=2, temperature=1)
-    fitted = fit_gate_row(grown, torch.cat(pooled), torch.arange(28) >= 20, 1)
+    fitted = fit_gate_row(grown, torch.cat(pooled), torch.arange(28) >= 20, 1, num_old_tasks=3)
     scores = Gate([fitted])(torch.cat(pooled)).softmax(-1)
     assert (scores[20:, 3] > 0.5).all()
     assert (scores[:20, 3] < 0.5).all()
+
+
+@pytest.mark.parametrize("num_experts", [3, 14])
+def test_task_that_is_not_to_be_told_apart_gets_the_share_of_a_task_however_many_experts_there_are(
+    num_experts, adapter_config, make_state
+):
+    rows = torch.randn(616, 32, generator=seeded(1))
+    grown = add_expert(make_state(adapter_config(num_experts=num_experts)), rows[:16], 2, 1)
+    grown["gate.w2"] = torch.zeros_like(grown["gate.w2"])
+    fitted = fit_gate_row(grown, rows, torch.arange(616) < 16, 1, num_old_tasks=6)
+    share = Gate([fitted])(torch.randn(2000, 32, generator=seeded(2))).softmax(-1)[:, -1].mean().item()
+    assert share == pytest.approx(1 / 7, abs=0.05)
 
 
 @pytest.fixture
@@ -78,7 +90,7 @@ def test_new_expert_starts_as_the_one_its_rows_go_to_at_the_gates_temperature(st
 def test_fit_is_the_same_at_any_temperature(state, multiplied, pooled):
     is_new = torch.arange(28) >= 20
     fitted, hot = (
-        fit_gate_row(add_expert(of, pooled[1], 2, temperature), torch.cat(pooled), is_new, temperature)
+        fit_gate_row(add_expert(of, pooled[1], 2, temperature), torch.cat(pooled), is_new, temperature, num_old_tasks=3)
         for of, temperature in ((state, 1), (multiplied(4), 4))
     )
     scores = Gate([fitted])(torch.cat(pooled)).softmax(-1)
@@ -92,7 +104,9 @@ def test_training_moves_every_prompt_of_the_last_expert_and_nothing_else(
     model = PromptedModel(tiny_backbone, config, torch.randn(6, 32, generator=seeded(5)), StateCache(0))
     rows = [make_row(i) for i in range(3)]
     own = torch.stack([states.pooled for states in model.row_states(rows)])
-    grown = fit_gate_row(add_expert(state, own, 2, 1), torch.cat([pooled[0], own]), torch.arange(23) >= 20, 1)
+    grown = fit_gate_row(
+        add_expert(state, own, 2, 1), torch.cat([pooled[0], own]), torch.arange(23) >= 20, 1, num_old_tasks=3
+    )
     trained = train_last_expert(model, grown, rows, 2, num_steps=20, lr=0.05, generator=seeded())
     assert (trained["prompts"][6:] != grown["prompts"][6:]).any(1).all()
     assert torch.equal(trained["prompts"][:6], grown["prompts"][:6])

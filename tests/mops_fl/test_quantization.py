@@ -5,6 +5,7 @@ from torch import nn
 
 from mops_fl.backbone import Backbone
 from mops_fl.config import BackboneConfig
+from mops_fl.errors import InputError
 from mops_fl.quantization import Int8Linear, Nf4Linear, quantize_linears, quantize_rows
 
 IN, OUT, ROWS = 64, 48, 9
@@ -158,6 +159,15 @@ def test_backbone_is_loaded_quantised(kind, module, dtype, tiny_model_folder, mo
     quantize_linears(plain.model.model.layers, kind)
     assert torch.equal(found, plain.run_layers(plain.embed(ids), [25, 15], 0, 4))
     assert distance(found, before) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_model_with_experts_is_refused_since_most_of_it_would_stay_dense(kind, byte_tokenizer, tiny_model, tmp_path):
+    tiny_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    assert Backbone.load(BackboneConfig(str(tmp_path), "none", "none", "float32", "backbone"), "cpu").num_layers == 4
+    with pytest.raises(InputError, match=f"Qwen3MoeForCausalLM has experts.* quantization {kind} would leave"):
+        Backbone.load(BackboneConfig(str(tmp_path), "none", kind, "float32", "backbone"), "cpu")
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mops_fl.backbone import Backbone
+from mops_fl.errors import InputError
 from mops_fl.losses import plain_losses
 from mops_fl.weights import AdaptedModel, initial_weights
 
@@ -63,6 +64,35 @@ def test_losses_and_gradients_are_pefts(method, family, tiny_model, byte_tokeniz
         largest = expected.abs().max()
         assert largest > 0, name
         torch.testing.assert_close(gradient / largest, expected / largest, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "matrix"),
+    [
+        ("lora", "phi3", "0.self_attn.q_proj"),
+        ("ia3", "phi3", "0.self_attn.k_proj"),
+        ("ia3", "mixtral", "0.mlp.down_proj"),
+        ("ia3", "starcoder2", "0.mlp.down_proj"),
+        ("ia3", "qwen2_moe", "0.mlp.down_proj"),
+    ],
+)
+def test_backbone_without_a_matrix_that_the_method_changes_is_refused(
+    method, family, matrix, tiny_model, byte_tokenizer, adapter_config
+):
+    experts = {"num_local_experts": 4} if family == "mixtral" else {"num_experts": 4, "num_experts_per_tok": 2}
+    backbone = Backbone(tiny_model(family, pad_token_id=0, **experts), byte_tokenizer)
+    config, name = adapter_config(method=method), type(backbone.model).__name__
+    for build in (lambda: AdaptedModel(backbone, config), lambda: random_state(backbone, config)):
+        with pytest.raises(InputError, match=rf"{name} has no layers\.{matrix}, which the method {method} changes"):
+            build()
+
+
+def test_lora_of_attention_is_possible_beside_experts(tiny_model, byte_tokenizer, adapter_config, make_row):
+    backbone = Backbone(tiny_model("mixtral", num_local_experts=4), byte_tokenizer)
+    config = adapter_config(method="lora")
+    model = AdaptedModel(backbone, config)
+    losses = model.losses(model.adapter([random_state(backbone, config)]), rows_of(make_row))
+    assert losses.loss_sum.isfinite().all()
 
 
 @pytest.mark.parametrize("method", CONFIGS)
