@@ -19,6 +19,7 @@ from experiments.run_folder import PARTITION, RunFolder, only_finite
 from experiments.same_run import require_no_more_rounds, require_same_run, require_training
 from mops_fl.adapter_folder import RUN_ADAPTER, AdapterDescription, SavedAdapter, save_adapter
 from mops_fl.config import Scalar
+from mops_fl.errors import RunError
 from mops_fl.evaluation import Evaluation
 from mops_fl.methods import METHODS
 from mops_fl.payload import Arrays
@@ -83,7 +84,8 @@ class Run(ABC):
         """Train the rounds that are still to be done, then write adapter, summary and report.
 
         Raises:
-            RunError: a round had too few usable replies, or the run folder cannot be written any more.
+            RunError: a round had too few usable replies, the run folder cannot be written any more, or nobody reads
+                any more what the run prints.
         """
         _UNDER_WAY.add(self)
         try:
@@ -100,6 +102,8 @@ class Run(ABC):
             self._finish(self._checkpoint)
         except BaseException as error:
             self._folder.mark("failed" if isinstance(error, Exception) else "interrupted")
+            if isinstance(error, SystemExit):  # of rich, where a pipe is closed; Flower's thread would swallow it
+                raise RunError("Nobody reads any more what the run prints; go on with --resume.") from error
             raise
         finally:
             _UNDER_WAY.discard(self)

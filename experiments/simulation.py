@@ -38,6 +38,7 @@ from mops_fl.compressed import SeveralPrunedError, resolve_model
 from mops_fl.config import Scalar
 from mops_fl.errors import InputError, RunError
 from mops_fl.sources import resolve_data
+from partitioning import OWN_ROWS
 
 _BACKENDS: dict[str, Backend] = {"ray": run_on_ray, "inline": run_inline}
 
@@ -110,6 +111,11 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace, training: str) -> 
     if args.num_supernodes is not None:
         run_config["num-clients"] = args.num_supernodes
     config = ExperimentConfig.from_run_config(run_config).client
+    if training == "federated" and config.partition.partitioner == OWN_ROWS:
+        raise InputError(
+            f"`partitioner` is {OWN_ROWS!r}, but clients that are simulated have no rows of their own; choose one that "
+            "deals rows out, or deploy the app to real clients."
+        )
     source = resolve_data(config.data.dataset, config.data.data_path)
     if source.revision is None and not source.is_sample:  # named by data-path or by a variable: recorded either way
         run_config["data-path"] = str(source.path.absolute())

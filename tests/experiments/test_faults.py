@@ -13,6 +13,7 @@ import tomli_w
 from clients import client_app, resident, trainer
 from experiments import durable, federated_run, simulation
 from experiments.app_folder import AppFolder
+from experiments.display import Display
 from experiments.run_folder import RunFolder, series
 from experiments.runtimes import run_inline
 from mops_fl.adapter_folder import load_adapter
@@ -222,6 +223,17 @@ def test_disk_that_is_really_full_and_then_read_only(command, small_disk):
     for code, _, errors in (command(resume=small_disk / "run"), command(output_dir=str(small_disk / "another"))):
         assert code in (1, 2)
         assert "cannot be written (Read-only file system)" in one_sentence(errors)
+
+
+def test_pipe_that_nobody_reads_any_more_ends_the_run_with_one_sentence(command, monkeypatch, tmp_path):
+    def closed(*_):
+        raise SystemExit(1)  # as rich's Console does
+
+    monkeypatch.setattr(Display, "round", closed)
+    code, _, errors = command()
+    assert code == 1
+    assert "Nobody reads any more what the run prints; go on with --resume." in one_sentence(errors)
+    assert RunFolder.open(tmp_path / "run").summary["status"] == "interrupted"
 
 
 def test_output_folder_that_cannot_be_made_is_refused(command, tmp_path):

@@ -129,6 +129,10 @@ def test_the_key_resume_is_answered_with_the_option_of_that_name(command, tmp_pa
         assert_refused(command(resume=True, output_dir=str(tmp_path / folder)), "go on with `--resume RUN` in place of")
 
 
+def test_clients_with_rows_of_their_own_are_not_simulated(command):
+    assert_refused(command(partitioner="own-rows"), "clients that are simulated have no rows of their own")
+
+
 def test_resume_of_no_run_returns_2(command, tmp_path):
     assert_refused(command("--resume", str(tmp_path / "nothing"), configured=False), "is not a run folder")
 
