@@ -198,6 +198,6 @@ def _generation_options(max_new_tokens: float, temperature: float, repetition_pe
     return read_generation_options(
         argparse.Namespace(
             max_new_tokens=int(max_new_tokens), temperature=temperature, repetition_penalty=repetition_penalty,
-            top_p=1.0, beams=1, stop=None,
+            top_p=1.0, beams=1, stop=None, seed=None,
         )
     )  # fmt: skip

@@ -8,8 +8,7 @@ from typing import Any
 
 from experiments.report import count_text, perplexity_rows, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder
-from mops_fl.adapter import GATED
-from mops_fl.config import OWN_EMBEDDING
+from mops_fl.config import GATED, OWN_EMBEDDING
 
 # Config keys that choose the weights and the rows, where not every run has recorded the hash of what they came to.
 WEIGHTS = ("backbone", "compression")

@@ -13,12 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mops_fl.config import AdapterConfig
+from mops_fl.config import GATED, AdapterConfig
 
 AdapterState = dict[str, Tensor]
-
-# Method name -> is there a gate? FedPrompt and central prompt tuning are the same prompts without one.
-GATED = {"mops": True, "fedprompt": False}
 
 
 class Gate(nn.Module):

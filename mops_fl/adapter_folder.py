@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from mops_fl.adapter import GATED
-from mops_fl.config import AdapterConfig, BackboneConfig, DataConfig, read_section, to_key
+from mops_fl.config import GATED, AdapterConfig, BackboneConfig, DataConfig, read_section, to_key
 from mops_fl.encoding import TEMPLATE
 from mops_fl.errors import InputError
 

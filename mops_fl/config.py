@@ -13,6 +13,8 @@ from mops_fl.errors import InputError
 from mops_fl.recipe import PruningRecipe
 
 DATASETS = ("dolly", "super-ni")
+# Methods of prompts -> is there a gate? FedPrompt and central prompt tuning are the same prompts without one.
+GATED = {"mops": True, "fedprompt": False}
 # The value of `gate-embedding` that names no other model.
 OWN_EMBEDDING = "backbone"
 

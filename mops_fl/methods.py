@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mops_fl.adapter import GATED
 from mops_fl.backbone import Backbone
-from mops_fl.config import AdapterConfig, PretrainConfig
+from mops_fl.config import GATED, AdapterConfig, PretrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
 from mops_fl.evaluation import Spread

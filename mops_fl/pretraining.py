@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mops_fl.adapter import GATED, AdapterState, Gate, initial_state
+from mops_fl.adapter import AdapterState, Gate, initial_state
 from mops_fl.backbone import Backbone
-from mops_fl.config import AdapterConfig, PretrainConfig
+from mops_fl.config import GATED, AdapterConfig, PretrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.evaluation import Spread
 from mops_fl.losses import plain_losses

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mops_fl.adapter import GATED
-from mops_fl.config import AdapterConfig
+from mops_fl.config import GATED, AdapterConfig
 from mops_fl.errors import InputError
 
 KEYS, EXPERTS = "neighbour-keys", "neighbour-experts"
