@@ -223,7 +223,7 @@ def draw_parts(
     if config.server_rows and not server_quota:
         raise InputError(
             f"`server-rows` is {config.server_rows}, which with {len(rows)} rows of {len(tasks)} tasks leaves the "
-            "server none of each; raise it, give more data, or set it to 0."
+            "server none of each; raise it, lower `num-rows`, give more data, or set it to 0."
         )
     train: list[Row] = []
     test: list[Row] = []
