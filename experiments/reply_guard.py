@@ -6,8 +6,9 @@ no message takes the others with it, and they believe the reply's own word on wh
 
 import time
 from collections.abc import Iterable
+from typing import Any
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -36,16 +37,9 @@ class ReplyGuard(Grid):
         """Of the grid within."""
         return self._grid.run
 
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message to a node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+    def create_message(self, *args: Any, **options: Any) -> Message:  # noqa: ANN401
+        """Of the grid within."""
+        return self._grid.create_message(*args, **options)
 
     def get_node_ids(self) -> Iterable[int]:
         """Of the grid within."""
