@@ -48,12 +48,13 @@ def plot_sweep(finished: Mapping[tuple[str, str], Sequence[RunFolder]], target: 
         panels: dict[str, Curves] = {methods[0]: {row: finished[row, methods[0]] for row in rows}}
     else:
         panels = {row: {m: finished[row, m] for m in methods if (row, m) in finished} for row in rows}
+    looks = curve_looks({name: str(run.config["method"]) for of in panels.values() for name, (run, *_) in of.items()})
     lines = math.ceil(len(panels) / PANELS_A_LINE)
     columns = min(len(panels), PANELS_A_LINE)
     with drawn_figure(target, height=0.6 + PANEL_INCHES * lines) as figure:
         axes = figure.subplots(lines, columns, squeeze=False).flatten()
         for (title, curves), panel in zip(panels.items(), axes, strict=False):
-            _draw_panel(panel, title, curves)
+            _draw_panel(panel, title, curves, looks)
         for panel in axes[len(panels) :]:
             panel.set_axis_off()
         handles: dict[str, Any] = {}
@@ -78,16 +79,25 @@ def mean_curve(runs: Sequence[RunFolder]) -> tuple[list[Point], list[tuple[float
     return points, [(min(of), max(of)) for of in values]
 
 
-def _draw_panel(axes: Axes, title: str, curves: Curves) -> None:
+def curve_looks(methods: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    """The colour and line style of each curve, the same in every panel of a sweep.
+
+    Args:
+        methods: name of a curve -> its method. A method has its colour, and its variants differ by line; where all
+            curves are of one method, they differ by colour as well.
+    """
+    if len({*methods.values()}) == 1 < len(methods):
+        return dict(zip(methods, zip(cycle(TASK_COLOURS), cycle(LINE_STYLES), strict=False), strict=False))
+    styles = {method: cycle(LINE_STYLES) for method in methods.values()}
+    return {name: (METHOD_COLOURS[method], next(styles[method])) for name, method in methods.items()}
+
+
+def _draw_panel(axes: Axes, title: str, curves: Curves, looks: Mapping[str, tuple[str, Any]]) -> None:
     drawn = []
-    colours, styles = cycle(TASK_COLOURS), cycle(LINE_STYLES)
     for name, runs in curves.items():
         points, ranges = mean_curve(runs)
         drawn += [point.value for point in points]
-        # Methods keep their colour over all panels; rows of one method are told apart by colour and line.
-        own = METHOD_COLOURS.get(str(runs[0].config["method"])) if len({*_methods(curves)}) == len(curves) else None
-        colour = own or next(colours)
-        style = "-" if own else next(styles)
+        colour, style = looks[name]
         plot_curve(axes, points, color=colour, linestyle=style, linewidth=1.8, marker="o", markersize=3,
                    label=wrapped(name))  # fmt: skip
         if len(runs) > 1:
@@ -96,7 +106,3 @@ def _draw_panel(axes: Axes, title: str, curves: Curves) -> None:
     draw_bare_model(axes, next(iter(curves.values()))[0].metrics(), drawn)
     label_perplexity_axes(axes)
     axes.set_title(title)
-
-
-def _methods(curves: Curves) -> list[str]:
-    return [str(runs[0].config["method"]) for runs in curves.values()]

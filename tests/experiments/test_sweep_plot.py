@@ -3,7 +3,7 @@
 import matplotlib.image
 import pytest
 
-from experiments.sweep_plot import mean_curve, plot_sweep
+from experiments.sweep_plot import curve_looks, mean_curve, plot_sweep
 
 
 def test_mean_and_range_are_over_the_seeds_at_each_measurement(make_run):
@@ -36,6 +36,16 @@ def test_several_methods_have_a_panel_a_row_and_one_method_has_one_panel(make_ru
         assert plot_sweep(finished, tmp_path / "plot.png")
         heights.append(matplotlib.image.imread(tmp_path / "plot.png").shape[0])
     assert heights[0] > 1.5 * heights[1]  # two lines of panels
+
+
+def test_variants_of_a_method_share_its_colour_and_differ_by_line():
+    looks = curve_looks({"FedPrompt": "fedprompt", "MoPs": "mops", "MoPs, gate frozen": "mops"})
+    assert looks["MoPs"][0] == looks["MoPs, gate frozen"][0] != looks["FedPrompt"][0]
+    assert looks["MoPs"][1] != looks["MoPs, gate frozen"][1]
+
+
+def test_rows_of_one_method_differ_by_colour():
+    assert len({colour for colour, _ in curve_looks({"dense": "mops", "2:4": "mops", "75 %": "mops"}).values()}) == 3
 
 
 def test_nothing_is_written_where_no_run_is_complete(tmp_path):
