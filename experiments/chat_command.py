@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.adapter_options import (
-    adapter_options,
-    generation_options,
+    add_adapter_options,
+    add_generation_options,
     load_model,
     print_gate,
     read_generation_options,
@@ -35,11 +35,10 @@ HELP = """\
 /quit          leave (as Ctrl-D does); Ctrl-C ends an answer"""
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `chat` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser(
-        "chat", parents=[adapter_options(), generation_options()], help="talk with a trained adapter"
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `chat`."""
+    add_adapter_options(parser)
+    add_generation_options(parser)
     parser.set_defaults(run=run)
 
 

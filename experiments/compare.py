@@ -58,9 +58,8 @@ class SeedGroup(NamedTuple):
     runs: list[RunFolder]
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `compare` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("compare", help="put runs side by side: table, gain in %%, curves in one plot")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `compare`."""
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders; gains are against the first")
     parser.add_argument(
         "--output",

@@ -49,9 +49,8 @@ OWN_KEYS = {
 _CHATTER = re.compile(r"(\x1b\[\d+m)?(INFO|WARNING) ?(\x1b\[0m)?:|Using SuperLink|Successfully (started|installed)")
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `deploy-demo` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("deploy-demo", help="deploy a SuperLink and SuperNodes on this machine, and run")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `deploy-demo`."""
     parser.add_argument(
         "--app", default="experiments.dolly", metavar="NAME", help="an app on Dolly (default: %(default)s)"
     )

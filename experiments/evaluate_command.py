@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from experiments.adapter_options import GREEDY, adapter_options, load_model, require_room, room_for_question
+from experiments.adapter_options import GREEDY, add_adapter_options, load_model, require_room, room_for_question
 from experiments.drawing import readable
 from experiments.durable import writing
 from experiments.report import NOTHING, perplexity_text
@@ -41,13 +41,9 @@ class EvaluatedRows(NamedTuple):
     rows: tuple[Row, ...]
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `evaluate` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser(
-        "evaluate",
-        parents=[adapter_options()],
-        help="perplexity, ROUGE-L and exact match of a trained adapter on any rows",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `evaluate`."""
+    add_adapter_options(parser)
     parser.add_argument(
         "--data",
         metavar="FILE",

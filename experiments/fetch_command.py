@@ -18,9 +18,8 @@ from mops_fl.sources import (
 )
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `fetch` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("fetch", help="download the backbone and Dolly into the cache, once")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fetch`."""
     parser.add_argument(
         "--backbone",
         metavar="NAME",

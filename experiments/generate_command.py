@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from experiments.adapter_options import (
-    adapter_options,
-    generation_options,
+    add_adapter_options,
+    add_generation_options,
     load_model,
     print_gate,
     read_generation_options,
@@ -18,13 +18,10 @@ from experiments.adapter_options import (
 from mops_fl.errors import InputError
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `generate` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser(
-        "generate",
-        parents=[adapter_options(), generation_options()],
-        help="answer instructions with a trained adapter",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `generate`."""
+    add_adapter_options(parser)
+    add_generation_options(parser)
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="an instruction; -: one from each line of stdin")
     parser.add_argument("--context", metavar="FILE", type=Path, help="text that the instructions are about")
     parser.set_defaults(run=run)

@@ -56,9 +56,8 @@ class Growth:
     new_expert: dict[str, float]
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `grow` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("grow", help="add an expert for a held-out task, from few rows")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `grow`."""
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="a run of MoPs with held-out-tasks")
     parser.add_argument("--task", metavar="NAME", help="which of them (default: the first)")
     parser.add_argument("--rows", metavar="N", type=int, default=16, help="to learn from (default: %(default)s)")

@@ -140,9 +140,8 @@ def _resumed_config(
     return {**run_config, "output-dir": str(folder.absolute()), "resume": True}
 
 
-def app_options() -> argparse.ArgumentParser:
-    """The options of every command that runs an app: which, on what data, with which values."""
-    parser = argparse.ArgumentParser(add_help=False)
+def add_app_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that runs an app: which, on what data, with which values."""
     parser.add_argument(
         "--app", required=True, metavar="NAME", help="experiments.dolly, .dolly.fedprompt, .super_ni, or a folder"
     )
@@ -157,13 +156,11 @@ def app_options() -> argparse.ArgumentParser:
         metavar="TEXT",
         help='"key=value key=value" or a TOML file; may be repeated',
     )
-    return parser
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "flower-simulation", parents=[app_options()], description="Simulate a federation on this machine."
-    )
+    parser = argparse.ArgumentParser("flower-simulation", description="Simulate a federation on this machine.")
+    add_app_options(parser)
     parser.add_argument("--num-supernodes", type=int, metavar="N", help="virtual clients (default: num-clients)")
     parser.add_argument(
         "--backend",

@@ -36,9 +36,8 @@ TABLE_FRAME = 4
 COUNTS = 1
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `sweep` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("sweep", help="run the rows x methods x seeds of a TOML file, and make its table")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sweep`."""
     parser.add_argument("file", type=Path, metavar="FILE", help="such as experiments/tables/dolly_federated.toml")
     parser.add_argument("--data", type=Path, metavar="PATH", help="as for flower-simulation")
     parser.add_argument("--output", type=Path, metavar="DIR", help="of the run folders (default: as FILE says)")

@@ -1,17 +1,22 @@
 """What a sweep came to: perplexity beside the paper's, gains, what reaching the first method cost, answers, curves."""
 
+from __future__ import annotations
+
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from experiments.compare import common_gain_percent
 from experiments.fairness import measured_differences
 from experiments.report import NOTHING, percent_text, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder
-from experiments.sweep import Sweep
 from experiments.sweep_cost import COLUMNS, cost_cells, final_perplexity, steps_note
 from experiments.sweep_plot import plot_sweep
 from experiments.sweep_scores import scores_markdown
 from mops_fl.errors import InputError
+
+if TYPE_CHECKING:
+    from experiments.sweep import Sweep
 
 DIVERGED = "diverged"
 

@@ -169,7 +169,16 @@ def test_folder_that_cannot_be_written_is_one_sentence(make_run, without_plots, 
     assert error.count("\n") == 1
 
 
-def test_reports_and_comparisons_need_neither_torch_nor_flower() -> None:
-    code = "import sys, experiments.compare; print({'torch', 'flwr', 'ray', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+@pytest.mark.parametrize("command", ["report", "compare", "fetch", "certificates", ""])
+def test_commands_that_read_folders_or_write_files_need_neither_torch_nor_flower(command) -> None:
+    code = """
+import atexit, sys
+from experiments import cli
+slow = {"torch", "transformers", "datasets", "ray", "flwr"}
+atexit.register(lambda: print("loaded:", *slow & set(sys.modules)))
+cli.main()
+"""
+    words = [*filter(None, [command]), "--help"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(" ".join(["usage: mops-fl", *words[:-1]]))
+    assert done.stdout.endswith("loaded:\n")
