@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before anything imports flwr, which reads it then
 
+from experiments.signals import SIGNALLED, exit_code
 from mops_fl.errors import InputError, RunError
 
 # Name of a command -> its module in this package, and what the help says of it.
@@ -65,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # as `| head` leaves it; Python would complain again when it flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return SIGNALLED + signal.SIGPIPE
     except KeyboardInterrupt as interrupt:
         print("mops-fl: interrupted", file=sys.stderr)
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        return exit_code(interrupt)
     return code

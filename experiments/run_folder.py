@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import tomli_w
 
 from experiments.durable import PARTIAL, write_durably, writing
 from experiments.machine import git_revision, machine, versions
+from mops_fl.config import Scalar
 from mops_fl.errors import InputError, RunError
 
 CONFIG = "config.toml"
@@ -31,7 +32,6 @@ COPIED = ("method", "backbone", "compression", "quantization", "dataset", "seed"
 ALL_TASKS = "all"
 
 T = TypeVar("T")
-ConfigValue: TypeAlias = bool | int | float | str
 
 
 class Point(NamedTuple):
@@ -51,7 +51,7 @@ class RunFolder:
         self.manifest = manifest
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, ConfigValue]) -> RunFolder:
+    def create(cls, path: Path, config: Mapping[str, Scalar]) -> RunFolder:
         """Make a new run folder and write its config.toml.
 
         Args:
@@ -91,7 +91,7 @@ class RunFolder:
         return run
 
     @property
-    def config(self) -> dict[str, ConfigValue]:
+    def config(self) -> dict[str, Scalar]:
         """Every resolved run-config value, by its kebab-case name."""
         return dict(self.manifest["config"])
 
@@ -206,12 +206,12 @@ class RunFolder:
         config = self.config
         return self.summary or {**{name: config[name] for name in COPIED if name in config}, "status": "unfinished"}
 
-    def write_config(self, config: Mapping[str, ConfigValue]) -> None:
+    def write_config(self, config: Mapping[str, Scalar]) -> None:
         """Write config.toml with these values and what else it says already."""
         self.manifest = {**self.manifest, "config": dict(config)}
         write_durably(self.path / CONFIG, tomli_w.dumps(self.manifest).encode())
 
-    def write_resumed(self, config: Mapping[str, ConfigValue]) -> None:
+    def write_resumed(self, config: Mapping[str, Scalar]) -> None:
         """Write config.toml with these values, and in `resumed` what process goes on with the run."""
         self.manifest = {**self.manifest, "resumed": [*self.manifest.get("resumed", []), _process()]}
         self.write_config(config)
@@ -233,6 +233,12 @@ class RunFolder:
         if not isinstance(content, dict):
             raise InputError(f"{path} is corrupt (it holds no JSON object); restore it or run again.")
         return content
+
+
+def output_dir(run_config: Mapping[str, Scalar]) -> Path:
+    """The absolute path of a run's folder: as configured, else `runs/<dataset>-<method>-<UTC time>`."""
+    default = f"runs/{run_config['dataset']}-{run_config['method']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return Path(str(run_config["output-dir"] or default)).absolute()
 
 
 def require_empty(path: Path) -> None:

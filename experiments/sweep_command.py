@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import signal
 import sys
 import time
 import traceback
@@ -19,8 +18,10 @@ from rich.table import Column, Table
 
 from experiments.central_run import run_centrally
 from experiments.compress_command import prune_if_missing
+from experiments.durable import writing
 from experiments.report import perplexity_text
 from experiments.runtimes import Backend, run_inline
+from experiments.signals import SIGNALLED, exit_code
 from experiments.simulation import run_app
 from experiments.sweep import COMPLETE, ELSEWHERE, Planned, Sweep, read_sweep
 from experiments.sweep_cost import final_perplexity
@@ -28,8 +29,6 @@ from experiments.sweep_table import DIVERGED, write_sweep_report
 from mops_fl.errors import InputError
 
 BACKENDS: dict[str, Backend] = {"federated": run_inline, "central": run_centrally}
-# Exit codes from here on are a signal's.
-SIGNALLED = 128
 RUNNING = "running"
 # Lines of a table beside its rows, and the line that counts.
 TABLE_FRAME = 4
@@ -119,7 +118,7 @@ def _prepare(one: Planned, state: str) -> int:
         print(f"mops-fl sweep: {error}")
         return 2
     except KeyboardInterrupt as interrupt:
-        return SIGNALLED + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        return exit_code(interrupt)
     except Exception:  # as `run_app` does: the other runs go on
         traceback.print_exc()
         return 1
@@ -131,11 +130,9 @@ def _log(one: Planned) -> Path:
 
 
 def _open_log(one: Planned) -> TextIO:
-    try:
+    with writing(_log(one), "choose another --output", InputError):
         one.folder.parent.mkdir(parents=True, exist_ok=True)
         return _log(one).open("a", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{_log(one)} cannot be written ({error.strerror}); choose another --output.") from error
 
 
 class _Say:
