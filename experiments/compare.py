@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.drawing import readable
+from experiments.durable import writing
 from experiments.fairness import unfair_differences
 from experiments.plots import plot_comparison, run_labels, told_apart
 from experiments.report import (
@@ -108,15 +109,13 @@ def write_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
     """
     plot, text = folder / PLOT, folder / TABLE
     warning = fairness_warning(runs)
-    try:
+    with writing(folder, "choose another --output", InputError):
         folder.mkdir(parents=True, exist_ok=True)
         plotted = plot_comparison(runs, plot)
         parts = [_to_markdown(table) for table in comparison_tables(runs)]
         parts += [f"> {warning}\n"] if warning else []
         parts += [f"![Test perplexity over client steps]({PLOT})\n"] if plotted else []
         text.write_text("\n".join(parts), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}); choose another --output.") from error
     return [text, plot] if plotted else [text]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from experiments.compare import common_gain_percent
+from experiments.durable import writing
 from experiments.fairness import measured_differences
 from experiments.report import NOTHING, percent_text, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder
@@ -39,13 +40,11 @@ def write_sweep_report(sweep: Sweep) -> str:
         for method in sweep.methods
     }
     text = sweep_markdown(sweep, finished)
-    try:
+    with writing(sweep.output, "choose another --output", InputError):
         sweep.output.mkdir(parents=True, exist_ok=True)
         if plot_sweep(finished, sweep.output / f"{sweep.name}.png"):
             text += f"\n![Test perplexity over client steps]({sweep.name}.png)\n"
         (sweep.output / f"{sweep.name}.md").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{sweep.output} cannot be written ({error.strerror}); choose another --output.") from error
     return text
 
 
