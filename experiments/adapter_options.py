@@ -6,11 +6,12 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from experiments.drawing import readable, shortened
+from experiments.wording import readable, shortened
 from mops_fl.config import require_at_least, require_positive
 from mops_fl.errors import InputError
 
@@ -116,6 +117,38 @@ def require_seed(seed: int) -> None:
     """
     if not 0 <= seed <= HIGHEST_SEED:
         raise InputError(f"`seed` is {seed}; it must be from 0 to {HIGHEST_SEED}.")
+
+
+def read_context(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The context {path} cannot be read ({error}); give a text file in UTF-8.") from error
+
+
+def require_utf8(text: str) -> None:
+    """Refuse what the tokenizer cannot read.
+
+    Raises:
+        InputError: it was made from bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"The instruction cannot be read ({error}); give text in UTF-8.") from error
+
+
+def fix_sampling(args: argparse.Namespace) -> None:
+    """Make the answers to come repeatable, if a seed is given."""
+    if args.seed is not None:
+        from transformers import set_seed
+
+        set_seed(args.seed)
 
 
 def room_for_question(model: MopsModel, max_new_tokens: int) -> int:

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from experiments.adapter_options import (
     add_adapter_options,
     add_generation_options,
+    fix_sampling,
     load_model,
     print_gate,
+    read_context,
     read_generation_options,
     require_room,
+    require_utf8,
     room_for_question,
     stream_answer,
 )
-from experiments.generate_command import read_context, require_utf8
 from mops_fl.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,10 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """
     options = read_generation_options(args)
     model = load_model(args)
-    if args.seed is not None:
-        from transformers import set_seed
-
-        set_seed(args.seed)
+    fix_sampling(args)
     description = model.description
     print(f"{description.adapter.method} on {description.backbone.backbone}; /help lists the commands", file=sys.stderr)
     if sys.stdin.isatty():

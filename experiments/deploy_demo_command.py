@@ -26,7 +26,8 @@ from rich.table import Table
 from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
 from experiments.deployment import CONNECTION, DeploymentError, LocalDeployment
-from experiments.run_folder import CONFIG, RunFolder, output_dir, require_empty, series
+from experiments.measurements import series
+from experiments.run_folder import CONFIG, RunFolder, output_dir, require_empty
 from experiments.signals import exit_code, raise_on_signals
 from mops_fl.compressed import resolve_model
 from mops_fl.config import Scalar

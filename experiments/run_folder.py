@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import tomli_w
 
@@ -32,14 +32,6 @@ COPIED = ("method", "backbone", "compression", "quantization", "dataset", "seed"
 ALL_TASKS = "all"
 
 T = TypeVar("T")
-
-
-class Point(NamedTuple):
-    """One value of a metric; NaN where the run measured no finite one."""
-
-    round: int
-    client_steps: int
-    value: float
 
 
 class RunFolder:
@@ -249,31 +241,6 @@ def require_empty(path: Path) -> None:
     """
     if path.exists() and (not path.is_dir() or any(entry.suffix != PARTIAL for entry in path.iterdir())):
         raise InputError(f"The folder {path} is not empty; name another folder or empty it.")
-
-
-def series(
-    metrics: Sequence[Mapping[str, Any]], metric: str, task: str = ALL_TASKS, split: str = "test"
-) -> list[Point]:
-    """One metric over the rounds, in order.
-
-    Args:
-        metrics: what ``RunFolder.metrics`` returns.
-        metric: its name, such as "perplexity".
-        task: a task's name, or "all".
-        split: "train" or "test".
-    """
-    points = {}
-    for entry in metrics:
-        if (entry["metric"], entry["task"], entry["split"]) == (metric, task, split):
-            value = math.nan if entry["value"] is None else entry["value"]
-            points[entry["round"]] = Point(entry["round"], entry["client-steps"], value)
-    return [points[number] for number in sorted(points)]
-
-
-def task_names(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The tasks whose test perplexity was measured, in the order first written, without "all"."""
-    measured = (m["task"] for m in metrics if m["metric"] == "perplexity" and m["split"] == "test")
-    return [task for task in dict.fromkeys(measured) if task != ALL_TASKS]
 
 
 def _process() -> dict[str, Any]:

@@ -19,13 +19,13 @@ from rich.table import Column, Table
 from experiments.central_run import run_centrally
 from experiments.compress_command import prune_if_missing
 from experiments.durable import writing
-from experiments.report import perplexity_text
 from experiments.runtimes import Backend, run_inline
 from experiments.signals import SIGNALLED, exit_code
 from experiments.simulation import run_app
 from experiments.sweep import COMPLETE, ELSEWHERE, Planned, Sweep, read_sweep
 from experiments.sweep_cost import final_perplexity
 from experiments.sweep_table import DIVERGED, write_sweep_report
+from experiments.wording import perplexity_text
 from mops_fl.errors import InputError
 
 BACKENDS: dict[str, Backend] = {"federated": run_inline, "central": run_centrally}
