@@ -11,14 +11,11 @@ training on one thread ends from the one on all threads.
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from benchmarks.harness import ADAPTER, BACKBONE, NUM_PROMPTS, Figure, arguments, random_row, report
+from benchmarks.harness import ADAPTER, Figure, arguments, load_backbone, random_row, report, start
 from clients.lanes import Lanes
 from clients.local_training import ClientRows, train_cohort
-from mops_fl.adapter import initial_state
-from mops_fl.backbone import Backbone
-from mops_fl.config import BackboneConfig, TrainConfig
+from mops_fl.config import TrainConfig
 from mops_fl.model import PromptedModel
 from mops_fl.payload import TrainResult
 from mops_fl.state_cache import StateCache
@@ -30,17 +27,11 @@ TRAIN = TrainConfig(lr=0.01, gate_lr_factor=1.0, batch_size=1, local_steps=NUM_S
 def main() -> None:
     """Measure and report."""
     options = arguments(__doc__, repeats=3)
-    prompts = torch.randn(NUM_PROMPTS, 576, generator=torch.Generator().manual_seed(0)) * 0.1
-    state = initial_state(ADAPTER, prompts, torch.Generator().manual_seed(0))
+    prompts, state = start()
     lanes = Lanes.of_this_machine()
     figures = []
     for dtype, quantization in (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8")):
-        model = PromptedModel(
-            Backbone.load(BackboneConfig(BACKBONE, "none", quantization, dtype, "backbone")),
-            ADAPTER,
-            prompts,
-            StateCache(1 << 30),
-        )
+        model = PromptedModel(load_backbone(dtype, quantization), ADAPTER, prompts, StateCache(1 << 30))
         cohort: dict[str, list[float]] = {"prompts": [], "loss": []}
         threads: dict[str, list[float]] = {"prompts": [], "loss": []}
         for repetition in range(options.repeats):

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import ADAPTER, RUN_CONFIG, Figure, arguments, report
+from benchmarks.harness import ADAPTER, HIDDEN, RUN_CONFIG, Figure, arguments, report
 from mops_fl.adapter import initial_state
 from mops_fl.payload import INPUT_PROMPTS, Cohort, TrainRequest
 
-NUM_STEPS, HIDDEN, CLIENT = 10, 576, 5
+NUM_STEPS, CLIENT = 10, 5
 ROUNDS = {1: "first message", 2: "second message", 3: "third message"}
 # What Flower's process does with a message; the trainer process is for what Flower starts under this name.
 MESSAGE = """

@@ -18,10 +18,13 @@ from rich.table import Table
 
 from experiments.app_folder import AppFolder
 from experiments.machine import git_revision, machine, versions
-from mops_fl.config import AdapterConfig, read_section
+from mops_fl.adapter import AdapterState, initial_state
+from mops_fl.backbone import Backbone
+from mops_fl.config import AdapterConfig, BackboneConfig, read_section
 from mops_fl.encoding import EncodedRow
 
 BACKBONE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HIDDEN = 576  # numbers of a hidden state of it
 RUN_CONFIG = AppFolder.find("experiments.dolly").run_config(())
 ADAPTER = read_section(AdapterConfig, RUN_CONFIG)
 # Averages of Dolly at the default length.
@@ -49,6 +52,12 @@ class Figure:
         """The middle value."""
         return statistics.median(self.values)
 
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """As a line of a table: case, median, least to most, note."""
+        spread = f"{min(self.values):.3g} to {max(self.values):.3g}"
+        return self.case, f"{self.median:.3g} {self.unit}", spread, self.note
+
 
 def measure_in_turn(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each case in each repetition, after one that does not count."""
@@ -64,12 +73,23 @@ def measure_in_turn(cases: dict[str, Callable[[], object]], repeats: int) -> dic
 
 def matmul_gigaflop_per_second(seconds: float = 0.5) -> float:
     """What one bfloat16 product of the model's own shape reaches now, on all threads of this process."""
-    x, weight = torch.randn(1040, 576, dtype=torch.bfloat16), torch.randn(1536, 576, dtype=torch.bfloat16)
+    x, weight = torch.randn(1040, HIDDEN, dtype=torch.bfloat16), torch.randn(1536, HIDDEN, dtype=torch.bfloat16)
     count, began = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds:
         x @ weight.T
         count += 1
     return 2 * x.shape[0] * weight.numel() * count / elapsed / 1e9
+
+
+def load_backbone(dtype: str = "bfloat16", quantization: str = "none") -> Backbone:
+    """The benchmarks' model, dense."""
+    return Backbone.load(BackboneConfig(BACKBONE, "none", quantization, dtype, "backbone"))
+
+
+def start() -> tuple[torch.Tensor, AdapterState]:
+    """Input prompts and an adapter as it starts, the same each time."""
+    prompts = torch.randn(NUM_PROMPTS, HIDDEN, generator=torch.Generator().manual_seed(0)) * 0.1
+    return prompts, initial_state(ADAPTER, prompts, torch.Generator().manual_seed(0))
 
 
 def random_row(row_id: int) -> EncodedRow:
@@ -91,8 +111,7 @@ def report(title: str, figures: Sequence[Figure], target: Path | None) -> None:
     """Print a table, and write the figures with the machine and the versions if a file is named."""
     table = Table("case", "median", "least to most", "", title=title)
     for figure in figures:
-        spread = f"{min(figure.values):.3g} to {max(figure.values):.3g}"
-        table.add_row(figure.case, f"{figure.median:.3g} {figure.unit}", spread, figure.note)
+        table.add_row(*figure.cells)
     Console().print(table)
     if target:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -16,13 +16,22 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.harness import ADAPTER, BACKBONE, NUM_PROMPTS, Figure, arguments, measure_in_turn, random_row, report
+from benchmarks.harness import (
+    ADAPTER,
+    BACKBONE,
+    Figure,
+    arguments,
+    load_backbone,
+    measure_in_turn,
+    random_row,
+    report,
+    start,
+)
 from benchmarks.step_speed import PEFT_CONFIGS
 from clients.lanes import Lanes
 from clients.local_training import ClientRows, train_cohort
-from mops_fl.adapter import AdapterState, initial_state
-from mops_fl.backbone import Backbone
-from mops_fl.config import BackboneConfig, TrainConfig
+from mops_fl.adapter import AdapterState
+from mops_fl.config import TrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.model import PromptedModel
 from mops_fl.sources import resolve_backbone
@@ -44,14 +53,8 @@ def main() -> None:
     def new_rows() -> list[list[EncodedRow]]:
         return [[random_row(next(numbers)) for _ in range(NUM_STEPS)] for _ in range(NUM_CLIENTS)]
 
-    prompts = torch.randn(NUM_PROMPTS, 576, generator=torch.Generator().manual_seed(0)) * 0.1
-    model = PromptedModel(
-        Backbone.load(BackboneConfig(BACKBONE, "none", "none", "bfloat16", "backbone")),
-        ADAPTER,
-        prompts,
-        StateCache(1 << 30),
-    )
-    state = initial_state(ADAPTER, prompts, torch.Generator().manual_seed(0))
+    prompts, state = start()
+    model = PromptedModel(load_backbone(), ADAPTER, prompts, StateCache(1 << 30))
     cases = {
         "MoPs, one resident model": lambda: resident_round(lanes, model, state, new_rows()),
         "peft LoRA, model loaded in each call": lambda: list(lanes.map(fresh_client, new_rows())),

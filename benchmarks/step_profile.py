@@ -12,10 +12,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import ADAPTER, BACKBONE, NUM_PROMPTS, NUM_RESPONSE, Figure, arguments, measure_in_turn, report
+from benchmarks.harness import ADAPTER, NUM_RESPONSE, Figure, arguments, load_backbone, measure_in_turn, report, start
 from benchmarks.step_speed import mops_step
 from mops_fl.backbone import Backbone
-from mops_fl.config import BackboneConfig
 from mops_fl.head_loss import head_nll
 from mops_fl.model import PromptedModel
 from mops_fl.state_cache import StateCache
@@ -31,9 +30,9 @@ def main() -> None:
     """Measure and report."""
     options = arguments(__doc__, repeats=5)
     torch.set_num_threads(1)
-    backbone = Backbone.load(BackboneConfig(BACKBONE, "none", "none", "bfloat16", "backbone"))
-    prompts = torch.randn(NUM_PROMPTS, backbone.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.1
-    step = mops_step(PromptedModel(backbone, ADAPTER, prompts, StateCache(1 << 30)), prompts, 5)
+    backbone = load_backbone()
+    prompts, state = start()
+    step = mops_step(PromptedModel(backbone, ADAPTER, prompts, StateCache(1 << 30)), state, 5)
     figures = shares(step, options.repeats)
     figures += compare("weights packed by oneDNN, the product", *packed_product(backbone), repeats=options.repeats)
     figures += compare("chunked linear_cross_entropy, the head", *chunked_head(backbone), repeats=options.repeats)

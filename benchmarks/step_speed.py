@@ -24,16 +24,16 @@ from benchmarks.harness import (
     NUM_TOKENS,
     Figure,
     arguments,
+    load_backbone,
     matmul_gigaflop_per_second,
     measure_in_turn,
     random_row,
     report,
+    start,
 )
 from clients.lanes import Lanes
 from clients.local_training import client_losses
-from mops_fl.adapter import PromptAdapter, initial_state
-from mops_fl.backbone import Backbone
-from mops_fl.config import BackboneConfig
+from mops_fl.adapter import AdapterState, PromptAdapter
 from mops_fl.model import PromptedModel
 from mops_fl.sources import resolve_backbone
 from mops_fl.state_cache import StateCache
@@ -81,26 +81,25 @@ def main() -> None:
 
 def our_cases(lanes: Lanes) -> dict[str, Case]:
     """MoPs steps on one resident model."""
-    backbone = Backbone.load(BackboneConfig(BACKBONE, "none", "none", "bfloat16", "backbone"))
-    prompts = torch.randn(NUM_PROMPTS, backbone.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.1
+    backbone = load_backbone()
+    prompts, state = start()
     layers, head = backbone.model.model.layers, backbone.model.lm_head
     upper = gigaflop(layers[ADAPTER.inject_layer :], NUM_TOKENS + NUM_PROMPTS, 4) + gigaflop(head, NUM_RESPONSE, 4)
     lower = gigaflop(layers[: ADAPTER.inject_layer], NUM_TOKENS, 2)
     kept, unkept = (PromptedModel(backbone, ADAPTER, prompts, StateCache(size)) for size in (1 << 30, 0))
     cases = {
-        f"MoPs, cohort of {size}": Case(size, size * upper, mops_step(kept, prompts, size)) for size in (1, 2, 5, 10)
+        f"MoPs, cohort of {size}": Case(size, size * upper, mops_step(kept, state, size)) for size in (1, 2, 5, 10)
     }
-    unkept_step = mops_step(unkept, prompts, 5)
+    unkept_step = mops_step(unkept, state, 5)
     cases["MoPs, cohort of 5, frozen states not kept"] = Case(5, 5 * (upper + lower), unkept_step)
-    steps = [mops_step(kept, prompts, 5, first_row=5 * lane) for lane in range(lanes.count)]
+    steps = [mops_step(kept, state, 5, first_row=5 * lane) for lane in range(lanes.count)]
     rows = 5 * lanes.count
     cases["MoPs, cohorts of 5 on all lanes"] = Case(rows, rows * upper, on_all_lanes(lanes, steps))
     return cases
 
 
-def mops_step(model: PromptedModel, prompts: torch.Tensor, size: int, first_row: int = 0) -> Callable[[], object]:
+def mops_step(model: PromptedModel, state: AdapterState, size: int, first_row: int = 0) -> Callable[[], object]:
     """One step of every client of a cohort."""
-    state = initial_state(ADAPTER, prompts, torch.Generator().manual_seed(0))
     adapter = PromptAdapter([state] * size)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
     rows = [random_row(first_row + number) for number in range(size)]

@@ -4,9 +4,10 @@ python -m benchmarks.table FILE [FILE ...]
 """
 
 import json
-import statistics
 import sys
 from pathlib import Path
+
+from benchmarks.harness import Figure
 
 
 def main() -> None:
@@ -16,9 +17,7 @@ def main() -> None:
         print(f"**{content['title']}** ({Path(name).stem}.json)\n")
         print("| case | median | least to most | |\n|---|---|---|---|")
         for figure in content["figures"]:
-            values = figure["values"]
-            median, spread = statistics.median(values), f"{min(values):.3g} to {max(values):.3g}"
-            print(f"| {figure['case']} | {median:.3g} {figure['unit']} | {spread} | {figure['note']} |")
+            print(f"| {' | '.join(Figure(**figure).cells)} |")
         print()
 
 

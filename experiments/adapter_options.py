@@ -6,11 +6,12 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from experiments.drawing import readable, shortened
+from experiments.wording import readable, shortened
 from mops_fl.config import require_at_least, require_positive
 from mops_fl.errors import InputError
 
@@ -37,29 +38,25 @@ BESIDE_BAR = 10
 HIGHEST_SEED = 2**32 - 1
 
 
-def adapter_options() -> argparse.ArgumentParser:
-    """The options that say which adapter, on what: a parent for a command's parser."""
-    parser = argparse.ArgumentParser(add_help=False, parents=[backbone_options()])
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which adapter, on what."""
+    add_backbone_options(parser)
     parser.add_argument(
         "--adapter", metavar="RUN", required=True, help="run folder, adapter folder, or repository on the hub"
     )
-    return parser
 
 
-def backbone_options() -> argparse.ArgumentParser:
-    """The options that say on what it runs, likewise."""
-    parser = argparse.ArgumentParser(add_help=False)
+def add_backbone_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say on what it runs."""
     parser.add_argument("--backbone", metavar="NAME", help="where the backbone is, if not where the adapter says")
     parser.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, or auto (default: %(default)s)")
     parser.add_argument(
         "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: as in training (default)"
     )
-    return parser
 
 
-def generation_options() -> argparse.ArgumentParser:
-    """The options that say how answers are made, likewise."""
-    parser = argparse.ArgumentParser(add_help=False)
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how answers are made."""
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0: always the likeliest token (default)"
@@ -74,11 +71,10 @@ def generation_options() -> argparse.ArgumentParser:
     parser.add_argument("--stop", metavar="TEXT", action="append", help="end an answer behind this text")
     parser.add_argument("--seed", metavar="N", type=int, help="make sampling repeatable")
     parser.add_argument("--show-gate", action="store_true", help="show which experts fired (on stderr)")
-    return parser
 
 
 def load_model(args: argparse.Namespace) -> MopsModel:
-    """The model that `adapter_options` name.
+    """The model that `add_adapter_options` name.
 
     Raises:
         InputError: see `MopsModel.from_pretrained`.
@@ -89,7 +85,7 @@ def load_model(args: argparse.Namespace) -> MopsModel:
 
 
 def read_generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `generate` that `generation_options` name.
+    """The options of `generate` that `add_generation_options` name.
 
     Raises:
         InputError: one is out of range.
@@ -121,6 +117,38 @@ def require_seed(seed: int) -> None:
     """
     if not 0 <= seed <= HIGHEST_SEED:
         raise InputError(f"`seed` is {seed}; it must be from 0 to {HIGHEST_SEED}.")
+
+
+def read_context(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The context {path} cannot be read ({error}); give a text file in UTF-8.") from error
+
+
+def require_utf8(text: str) -> None:
+    """Refuse what the tokenizer cannot read.
+
+    Raises:
+        InputError: it was made from bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"The instruction cannot be read ({error}); give text in UTF-8.") from error
+
+
+def fix_sampling(args: argparse.Namespace) -> None:
+    """Make the answers to come repeatable, if a seed is given."""
+    if args.seed is not None:
+        from transformers import set_seed
+
+        set_seed(args.seed)
 
 
 def room_for_question(model: MopsModel, max_new_tokens: int) -> int:

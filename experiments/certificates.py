@@ -38,9 +38,8 @@ _LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 _HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z)(\*\.)?({_LABEL}\.)*(?!\d+\Z){_LABEL}")
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `certificates` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("certificates", help="make the certificates and keys of a deployment")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `certificates`."""
     kinds = parser.add_subparsers(required=True, metavar="KIND")
     server = kinds.add_parser("server", help="the SuperLink's certificate, and an authority if the folder has none")
     server.add_argument("folder", type=Path, help="where they lie")

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.adapter_options import (
-    adapter_options,
-    generation_options,
+    add_adapter_options,
+    add_generation_options,
+    fix_sampling,
     load_model,
     print_gate,
+    read_context,
     read_generation_options,
     require_room,
+    require_utf8,
     room_for_question,
     stream_answer,
 )
-from experiments.generate_command import read_context, require_utf8
 from mops_fl.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,11 +37,10 @@ HELP = """\
 /quit          leave (as Ctrl-D does); Ctrl-C ends an answer"""
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `chat` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser(
-        "chat", parents=[adapter_options(), generation_options()], help="talk with a trained adapter"
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `chat`."""
+    add_adapter_options(parser)
+    add_generation_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -54,10 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """
     options = read_generation_options(args)
     model = load_model(args)
-    if args.seed is not None:
-        from transformers import set_seed
-
-        set_seed(args.seed)
+    fix_sampling(args)
     description = model.description
     print(f"{description.adapter.method} on {description.backbone.backbone}; /help lists the commands", file=sys.stderr)
     if sys.stdin.isatty():

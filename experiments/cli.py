@@ -1,6 +1,10 @@
-"""`mops-fl`: everything around a run. Each command lives in the file of its name."""
+"""`mops-fl`: everything around a run.
+
+Only the module of the command that is called is imported: what some of them need takes seconds to load.
+"""
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -8,22 +12,28 @@ from collections.abc import Sequence
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before anything imports flwr, which reads it then
 
-from experiments import (
-    certificates,
-    chat_command,
-    compare,
-    compress_command,
-    deploy_demo_command,
-    evaluate_command,
-    explore_command,
-    fetch_command,
-    generate_command,
-    grow_command,
-    report_command,
-    sweep_command,
-    train_command,
-)
+from experiments.signals import SIGNALLED, exit_code
 from mops_fl.errors import InputError, RunError
+
+# Name of a command -> its module in this package, and what the help says of it.
+COMMANDS = {
+    "fetch": ("fetch_command", "download the backbone and Dolly into the cache, once"),
+    "compress": ("compress_command", "prune the backbone once, for runs with that `compression`"),
+    "train": ("train_command", "train centrally, on all rows, for as many steps as a federation"),
+    "sweep": ("sweep_command", "run the rows x methods x seeds of a TOML file, and make its table"),
+    "report": ("report_command", "make a run's plots and report.html again, or a sweep's tables and curves"),
+    "compare": ("compare", "put runs side by side: table, gain in %%, curves in one plot"),
+    "generate": ("generate_command", "answer instructions with a trained adapter"),
+    "chat": ("chat_command", "talk with a trained adapter"),
+    "evaluate": ("evaluate_command", "perplexity, ROUGE-L and exact match of a trained adapter on any rows"),
+    "explore": (
+        "explore_command",
+        "a page in the browser: ask the bare model and runs side by side, watch the gate",
+    ),
+    "grow": ("grow_command", "add an expert for a held-out task, from few rows"),
+    "certificates": ("certificates", "make the certificates and keys of a deployment"),
+    "deploy-demo": ("deploy_demo_command", "deploy a SuperLink and SuperNodes on this machine, and run"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Fetch model and data, prune, train, sweep; report on runs, compare and use them; deploy.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    making = (fetch_command, compress_command, train_command, sweep_command)
-    using = (report_command, compare, generate_command, chat_command, evaluate_command, explore_command, grow_command)
-    deploying = (certificates, deploy_demo_command)
-    for command in making + using + deploying:
-        command.add_parser(commands)
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    called = next((word for word in words if not word.startswith("-")), None)
+    for name, (module, line) in COMMANDS.items():
+        command = commands.add_parser(name, help=line)
+        if name == called:
+            importlib.import_module(f"experiments.{module}").add_options(command)
+    args = parser.parse_args(words)
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -55,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # as `| head` leaves it; Python would complain again when it flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return SIGNALLED + signal.SIGPIPE
     except KeyboardInterrupt as interrupt:
         print("mops-fl: interrupted", file=sys.stderr)
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        return exit_code(interrupt)
     return code

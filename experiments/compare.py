@@ -13,25 +13,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.drawing import readable
+from experiments.durable import writing
 from experiments.fairness import unfair_differences
-from experiments.plots import plot_comparison, run_labels, told_apart
-from experiments.report import (
+from experiments.measurements import perplexity_rows
+from experiments.plots import REPEATED, identity, plot_comparison, run_labels
+from experiments.run_folder import ALL_TASKS, RunFolder
+from experiments.wording import (
     NOTHING,
     bytes_text,
     count_text,
+    markdown_table,
     percent_text,
-    perplexity_rows,
     perplexity_text,
+    readable,
     seconds_text,
 )
-from experiments.run_folder import ALL_TASKS, RunFolder
 from mops_fl.errors import InputError
 
 PLOT = "comparison.png"
 TABLE = "comparison.md"
-# Runs that differ in these alone are repetitions of one experiment.
-REPEATED = ("seed", "output-dir", "resume")
 # "all" pools the tokens, so that tasks with long answers dominate; this is the geometric mean over the tasks.
 TASKS_ALIKE = "each task alike"
 
@@ -58,9 +58,8 @@ class SeedGroup(NamedTuple):
     runs: list[RunFolder]
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `compare` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("compare", help="put runs side by side: table, gain in %%, curves in one plot")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `compare`."""
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders; gains are against the first")
     parser.add_argument(
         "--output",
@@ -109,15 +108,13 @@ def write_comparison(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
     """
     plot, text = folder / PLOT, folder / TABLE
     warning = fairness_warning(runs)
-    try:
+    with writing(folder, "choose another --output", InputError):
         folder.mkdir(parents=True, exist_ok=True)
         plotted = plot_comparison(runs, plot)
         parts = [_to_markdown(table) for table in comparison_tables(runs)]
         parts += [f"> {warning}\n"] if warning else []
         parts += [f"![Test perplexity over client steps]({PLOT})\n"] if plotted else []
         text.write_text("\n".join(parts), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}); choose another --output.") from error
     return [text, plot] if plotted else [text]
 
 
@@ -145,7 +142,7 @@ def seed_groups(runs: Sequence[RunFolder]) -> list[SeedGroup]:
 
 
 def _is_repetition(run: RunFolder, other: RunFolder) -> bool:
-    first, second = told_apart(run), told_apart(other)
+    first, second = identity(run), identity(other)
     hashes = [one.results().get("data_sha256") for one in (run, other)]
     if None not in hashes:  # what was read says more than where it lay
         first["data-path"], second["data-path"] = hashes
@@ -263,8 +260,5 @@ def _to_rich(table: ComparisonTable) -> Table:
 
 def _to_markdown(table: ComparisonTable) -> str:
     empty = [""] * (len(table.columns) - 1)
-    lines = [table.columns, ["---", *["---:" for _ in empty]]]
-    for block in table.blocks:
-        lines += [[f"*{block.heading}*", *empty], *block.rows]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"**{table.title}**\n\n{body}\n"
+    rows = [row for block in table.blocks for row in ([f"*{block.heading}*", *empty], *block.rows)]
+    return f"**{table.title}**\n\n{markdown_table(table.columns, rows, right=True)}\n"

@@ -22,9 +22,8 @@ from mops_fl.recipe import PruningRecipe
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 64, 512
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `compress` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("compress", help="prune the backbone once, for runs with that `compression`")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `compress`."""
     parser.add_argument(
         "--recipe", metavar="RECIPE", required=True, help="such as sparsegpt:75%%, sparsegpt:2:4 or wanda:7:8"
     )

@@ -2,9 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from clients.config import ClientConfig
-from mops_fl.config import Scalar, read_section, require_at_least, require_choice, require_positive, section_keys
+from mops_fl.config import (
+    OWN_EMBEDDING,
+    Scalar,
+    read_section,
+    require_at_least,
+    require_choice,
+    require_positive,
+    section_keys,
+)
 from mops_fl.errors import InputError
 from mops_fl.methods import require_method
 from strategies.aggregation import AggregationConfig, check_cohort_size
@@ -83,10 +92,10 @@ class ExperimentConfig:
         check_cohort_size(config.aggregation, per_round)
         if config.federation.server_weight and not config.client.data.server_rows:
             raise InputError("`server-weight` is above 0, but `server-rows` is 0; give the server rows to train on.")
-        config.require_equal_clients()
+        config._require_equal_clients()
         return config
 
-    def require_equal_clients(self) -> None:
+    def _require_equal_clients(self) -> None:
         """Robust aggregation and privacy count every client alike, and no one else.
 
         Raises:
@@ -105,3 +114,12 @@ class ExperimentConfig:
                 raise InputError(f"{reason}, which counts all clients alike; set `weighting` to 'uniform'.")
             if federation.server_weight:
                 raise InputError(f"{reason}, which counts clients only; set `server-weight` to 0.")
+
+
+def with_absolute_models(run_config: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The values with the paths of local models absolute, as a run writes them into its folder."""
+    names = {key: str(run_config[key]) for key in ("backbone", "gate-embedding")}
+    if names["gate-embedding"] == OWN_EMBEDDING:  # no model's name, whatever folder there is
+        del names["gate-embedding"]
+    absolute = {key: str(Path(name).absolute()) for key, name in names.items() if name and Path(name).is_dir()}
+    return {**run_config, **absolute}

@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,9 +26,9 @@ from rich.table import Table
 from experiments.app_folder import AppFolder
 from experiments.config import ExperimentConfig
 from experiments.deployment import CONNECTION, DeploymentError, LocalDeployment
-from experiments.run import default_output_dir
-from experiments.run_folder import CONFIG, RunFolder, require_empty
-from experiments.signals import raise_on_signals
+from experiments.measurements import series
+from experiments.run_folder import CONFIG, RunFolder, output_dir, require_empty
+from experiments.signals import exit_code, raise_on_signals
 from mops_fl.compressed import resolve_model
 from mops_fl.config import Scalar
 from mops_fl.data import DOLLY_TASKS, Row, read_dolly
@@ -49,9 +48,8 @@ OWN_KEYS = {
 _CHATTER = re.compile(r"(\x1b\[\d+m)?(INFO|WARNING) ?(\x1b\[0m)?:|Using SuperLink|Successfully (started|installed)")
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `deploy-demo` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("deploy-demo", help="deploy a SuperLink and SuperNodes on this machine, and run")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `deploy-demo`."""
     parser.add_argument(
         "--app", default="experiments.dolly", metavar="NAME", help="an app on Dolly (default: %(default)s)"
     )
@@ -84,15 +82,18 @@ def run(args: argparse.Namespace) -> int:
                 files = cut_data(args.data, Path(scratch), args.nodes, int(run_config["seed"]))
                 _start(deployment, files, console)
                 _run(deployment, AppFolder.find(args.app), {**run_config, "data-path": str(files[0])})
-            output = Path(str(run_config["output-dir"]))
+            output = output_dir(run_config)
             if not (output / CONFIG).is_file():
                 raise DeploymentError("The run did not even begin")
-            return _show(RunFolder.open(output), console)
-        except (DeploymentError, KeyboardInterrupt) as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            print(f"mops-fl deploy-demo: {'interrupted' if interrupted else error}; the logs end with", file=sys.stderr)
-            print(deployment.tails(), file=sys.stderr)
-            return 128 + (error.args[0] if error.args else signal.SIGINT) if interrupted else 1
+            _show(RunFolder.open(output), console)
+            return 0
+        except DeploymentError as error:
+            code, reason = 1, str(error)
+        except KeyboardInterrupt as interrupt:
+            code, reason = exit_code(interrupt), "interrupted"
+        print(f"mops-fl deploy-demo: {reason}; the logs end with", file=sys.stderr)
+        print(deployment.tails(), file=sys.stderr)
+        return code
 
 
 def cut_data(data: Path | None, folder: Path, num_nodes: int, seed: int) -> list[Path]:
@@ -156,12 +157,12 @@ def _run_config(args: argparse.Namespace) -> dict[str, Scalar]:
         "server-rows": SERVER_ROWS_PER_TASK * len(DOLLY_TASKS),
         "partitioner": OWN_ROWS,
         "evaluate-on": "clients",
-        "output-dir": str(Path(str(values["output-dir"] or default_output_dir(values))).absolute()),
+        "output-dir": str(output_dir(values)),
     }
     if "clients-per-round" not in given:
         values["clients-per-round"] = min(args.nodes, int(values["clients-per-round"]))
     resolve_model(ExperimentConfig.from_run_config(values).client.backbone)
-    require_empty(Path(str(values["output-dir"])))
+    require_empty(output_dir(values))
     return values
 
 
@@ -216,20 +217,21 @@ def _pass_on(stream: IO[str]) -> None:
             print(line, end="", flush=True)
 
 
-def _show(folder: RunFolder, console: Console) -> int:
-    """What the rounds took, and where everything is."""
+def _show(folder: RunFolder, console: Console) -> None:
+    """What the rounds took, and where everything is.
+
+    Raises:
+        DeploymentError: the run did not go to its end.
+    """
     table = Table(title="Rounds")
     for column in ("round", "seconds", "loss"):
         table.add_column(column, justify="right")
-    figures: dict[str, dict[int, float]] = {"round-seconds": {}, "loss": {}}
-    for line in folder.metrics():
-        if line["split"] == "train" and line["metric"] in figures:
-            figures[line["metric"]][line["round"]] = line["value"]
-    for number, seconds in figures["round-seconds"].items():
-        table.add_row(str(number), f"{seconds:.1f}", f"{figures['loss'][number]:.3f}")
+    metrics = folder.metrics()
+    seconds, losses = (series(metrics, name, split="train") for name in ("round-seconds", "loss"))
+    for took, loss in zip(seconds, losses, strict=False):  # the run may have ended between the two
+        table.add_row(str(took.round), f"{took.value:.1f}", f"{loss.value:.3f}")
     console.print(table)
     console.print(f"run folder: {folder.path}")
     status = (folder.summary or {}).get("status")
     if status != "complete":
         raise DeploymentError(f"The run is {status or 'cut off before its first round'}")
-    return 0

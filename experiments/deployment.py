@@ -120,8 +120,6 @@ class LocalDeployment:
         node_config: Mapping[str, str | int],
         *,
         options: Sequence[object] = (),
-        authority: Path | None = None,
-        superlink: str = "",
         cores: Sequence[int] = (),
     ) -> subprocess.Popen[bytes]:
         """Start a SuperNode that has its key from `register`; it is not waited for.
@@ -129,18 +127,18 @@ class LocalDeployment:
         Args:
             name: its name, that of its key and of its log.
             node_config: what its ClientApp finds in its node-config.
-            options: further options of `flower-supernode`.
-            authority: the certificate that it trusts, if not the deployment's.
-            superlink: address of another SuperLink.
+            options: further options of `flower-supernode`, or others in place of those that it is given here.
             cores: processor cores that it and its trainer may use; all for none.
         """
-        authority = authority or self.certificates / AUTHORITY_CERTIFICATE
-        security = ["--root-certificates", authority, "--auth-supernode-private-key", self.folder / "keys" / name]
+        security: list[object] = ["--insecure"]
+        if not self.insecure:
+            security = ["--root-certificates", self.certificates / AUTHORITY_CERTIFICATE,
+                        "--auth-supernode-private-key", self.folder / "keys" / name]  # fmt: skip
         values = " ".join(f'{key}="{value}"' if isinstance(value, str) else f"{key}={value}"
                           for key, value in node_config.items())  # fmt: skip
         command = [
-            "flower-supernode", "--grpc-rere", *(["--insecure"] if self.insecure else security), *options,
-            "--superlink", superlink or f"127.0.0.1:{self._fleet_port}", "--port", free_port(), "--node-config", values,
+            "flower-supernode", "--grpc-rere", *security, "--superlink", f"127.0.0.1:{self._fleet_port}",
+            "--port", free_port(), "--node-config", values, *options,
         ]  # fmt: skip
         process = self._start(name, command)
         if cores:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from clients.trainer import Setting
+from experiments.run_folder import ALL_TASKS
 from strategies.fedprompt import Failure, RoundReport
 
 
@@ -77,7 +78,7 @@ class Display:
 
     def evaluation(self, server_round: int, perplexity: Mapping[str, float]) -> None:
         """A measurement on the test rows."""
-        self.say(f"  test perplexity after round {server_round}: {perplexity['all']:.3f}")
+        self.say(f"  test perplexity after round {server_round}: {perplexity[ALL_TASKS]:.3f}")
 
     def _failure(self, failure: Failure) -> None:
         # The process differs from one failure to the next; the last line says what went wrong.

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from experiments.run_folder import ALL_TASKS, Point, series
+from experiments.measurements import Point, series
+from experiments.wording import readable
 
-METHOD_NAMES = {"mops": "MoPs", "fedprompt": "FedPrompt", "lora": "LoRA", "ia3": "IA3"}
 METHOD_COLOURS = {"mops": "#0072B2", "fedprompt": "#D55E00", "lora": "#009E73", "ia3": "#AA4499"}
 # Okabe and Ito's and Paul Tol's colours, which stay apart for colour-blind readers.
 TASK_COLOURS = (
@@ -46,17 +46,6 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
-
-
-def method_name(config: Mapping[str, Any]) -> str:
-    """The method as it is written in the paper."""
-    method = str(config.get("method", "unknown method"))
-    return METHOD_NAMES.get(method, method)
-
-
-def readable(task: str) -> str:
-    """A task's name for people."""
-    return "all tasks" if task == ALL_TASKS else task.replace("_", " ")
 
 
 @contextmanager
@@ -111,14 +100,6 @@ def draw_bare_model(axes: Axes, metrics: Sequence[Mapping[str, Any]], drawn: Seq
 def wrapped(task: str, max_lines: int = 2, width: int = 24) -> str:
     """A task's name in short lines; a task file's may be longer than a plot is wide."""
     return textwrap.fill(readable(task), width, max_lines=max_lines, placeholder=" …")
-
-
-def shortened(name: str, width: int) -> str:
-    """A name of at most `width` characters; what is too much is cut from the middle, since names differ at the ends."""
-    if len(name) <= width:
-        return name
-    behind = (width - 1) // 2
-    return f"{name[: width - 1 - behind].rstrip()}…{name[len(name) - behind :].lstrip()}"
 
 
 def plain_number(value: float, _position: int | None = None) -> str:

@@ -9,20 +9,16 @@ import sys
 import warnings
 from pathlib import Path
 
-from experiments.adapter_options import backbone_options
+from experiments.adapter_options import add_backbone_options
 from experiments.run_folder import RunFolder
 from mops_fl.errors import InputError
 
 PORT = 7860
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `explore` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser(
-        "explore",
-        parents=[backbone_options()],
-        help="a page in the browser: ask the bare model and runs side by side, watch the gate",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `explore`."""
+    add_backbone_options(parser)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders, all of one backbone")
     parser.add_argument(
         "--port", metavar="N", type=int, default=PORT, help="0: any free one (default: %(default)s); loopback only"

@@ -8,11 +8,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.drawing import DPI, STYLE, readable, wrapped
-from experiments.evaluate_command import run_rows
+from experiments.drawing import DPI, STYLE, wrapped
+from experiments.measured_rows import run_rows
+from experiments.measurements import PerplexityRow, perplexity_rows, task_names
 from experiments.plots import draw_gate_map, gate_maps
-from experiments.report import PerplexityRow, perplexity_rows, perplexity_text
-from experiments.run_folder import ALL_TASKS, RunFolder, task_names
+from experiments.run_folder import ALL_TASKS, RunFolder
+from experiments.wording import markdown_table, perplexity_text, readable
 from mops_fl.config import DataConfig
 from mops_fl.data import Row, read_dolly, spread_rows
 from mops_fl.errors import InputError
@@ -59,14 +60,14 @@ def perplexity_table(runs: Sequence[RunFolder], labels: Sequence[str]) -> str:
     tables = [{row.task: row for row in perplexity_rows(run.results())} for run in runs]
     tasks = sorted(dict.fromkeys(task for table in tables for task in table), key=lambda task: task == ALL_TASKS)
     columns = [part for label in labels for part in (f"{label}, before", label)]
-    lines = [["task", "bare model", *columns], ["---", *["---:"] * (1 + len(columns))]]
+    lines = []
     for task in tasks:
         rows = [table.get(task, PerplexityRow(task, None, None, None)) for table in tables]
         lowest = min((row.after for row in rows if row.after is not None), default=None)
         bare = next((row.bare for row in rows if row.bare is not None), None)
         cells = [cell for row in rows for cell in (perplexity_text(row.before), _marked(row.after, lowest))]
         lines.append([readable(task), perplexity_text(bare), *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(["task", "bare model", *columns], lines, right=True)
 
 
 def example_rows(run: RunFolder, data: DataConfig) -> tuple[Row, ...]:

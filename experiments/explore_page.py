@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 
 from experiments.adapter_options import read_generation_options
 from experiments.compare import fairness_warning
-from experiments.drawing import readable
 from experiments.explore_answers import Answerer
 from experiments.explore_figures import draw_gate, example_rows, perplexity_table
 from experiments.explore_models import Exhibit
 from experiments.report import REPORT
+from experiments.wording import readable
 from mops_fl.errors import InputError
 
 WRITING = "writing …"

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from experiments.report import count_text, perplexity_rows, perplexity_text
+from experiments.measurements import perplexity_rows
 from experiments.run_folder import ALL_TASKS, RunFolder
+from experiments.wording import count_text, perplexity_text
 from mops_fl.config import GATED, OWN_EMBEDDING
 
 # Config keys that choose the weights and the rows, where not every run has recorded the hash of what they came to.

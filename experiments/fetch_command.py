@@ -9,6 +9,7 @@ from rich.markup import escape
 from mops_fl.fetch import DEFAULT_BACKBONE, fetch_backbone, fetch_dolly
 from mops_fl.fetch_super_ni import fetch_super_ni
 from mops_fl.sources import (
+    DOLLY_LICENCE,
     RECEIPT,
     SUPER_NI_ID,
     cached_model_path,
@@ -18,9 +19,8 @@ from mops_fl.sources import (
 )
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `fetch` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("fetch", help="download the backbone and Dolly into the cache, once")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fetch`."""
     parser.add_argument(
         "--backbone",
         metavar="NAME",
@@ -71,8 +71,8 @@ def _fetch_dolly() -> tuple[str, str, str, str, Path]:
     if source.is_sample:
         return source.description, "bundled", "this package", "Apache-2.0", source.path
     if source.revision is None:
-        return source.description, _state(there), "local file", "CC BY-SA 3.0 if Dolly's", source.path
-    return source.description, _state(there), f"hub {source.revision[:12]}", "CC BY-SA 3.0", source.path
+        return source.description, _state(there), "local file", f"{DOLLY_LICENCE} if Dolly's", source.path
+    return source.description, _state(there), f"hub {source.revision[:12]}", DOLLY_LICENCE, source.path
 
 
 def _fetch_super_ni() -> tuple[str, str, str, str, Path]:

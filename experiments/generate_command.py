@@ -7,24 +7,24 @@ import sys
 from pathlib import Path
 
 from experiments.adapter_options import (
-    adapter_options,
-    generation_options,
+    add_adapter_options,
+    add_generation_options,
+    fix_sampling,
     load_model,
     print_gate,
+    read_context,
     read_generation_options,
     require_room,
+    require_utf8,
     stream_answer,
 )
 from mops_fl.errors import InputError
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `generate` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser(
-        "generate",
-        parents=[adapter_options(), generation_options()],
-        help="answer instructions with a trained adapter",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `generate`."""
+    add_adapter_options(parser)
+    add_generation_options(parser)
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="an instruction; -: one from each line of stdin")
     parser.add_argument("--context", metavar="FILE", type=Path, help="text that the instructions are about")
     parser.set_defaults(run=run)
@@ -43,10 +43,7 @@ def run(args: argparse.Namespace) -> int:
     options, prompts = read_generation_options(args), _prompts(args.prompts)
     context = read_context(args.context) if args.context else ""
     model = load_model(args)
-    if args.seed is not None:
-        from transformers import set_seed
-
-        set_seed(args.seed)
+    fix_sampling(args)
     for number, prompt in enumerate(prompts):
         if number:
             print()
@@ -56,30 +53,6 @@ def run(args: argparse.Namespace) -> int:
             print_gate(model, inputs)
         stream_answer(model, inputs, options)
     return 0
-
-
-def read_context(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The context {path} cannot be read ({error}); give a text file in UTF-8.") from error
-
-
-def require_utf8(text: str) -> None:
-    """Refuse what the tokenizer cannot read.
-
-    Raises:
-        InputError: it was made from bytes that are not UTF-8.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"The instruction cannot be read ({error}); give text in UTF-8.") from error
 
 
 def _prompts(given: list[str]) -> list[str]:

@@ -13,11 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.adapter_options import require_seed
-from experiments.drawing import readable
 from experiments.durable import writing
-from experiments.evaluate_command import run_data
-from experiments.report import percent_text, perplexity_text
+from experiments.measured_rows import run_data
+from experiments.measurements import PerplexityRow
 from experiments.run_folder import ALL_TASKS, RunFolder, only_finite, require_empty
+from experiments.wording import percent_text, perplexity_text, readable
 from mops_fl.config import DataConfig, read_section, require_at_least, require_positive
 from mops_fl.errors import InputError
 
@@ -56,9 +56,8 @@ class Growth:
     new_expert: dict[str, float]
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `grow` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("grow", help="add an expert for a held-out task, from few rows")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `grow`."""
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="a run of MoPs with held-out-tasks")
     parser.add_argument("--task", metavar="NAME", help="which of them (default: the first)")
     parser.add_argument("--rows", metavar="N", type=int, default=16, help="to learn from (default: %(default)s)")
@@ -181,12 +180,11 @@ def _table(growth: Growth, tasks: tuple[str, ...]) -> Table:
     for task in (*tasks, ALL_TASKS):
         if task not in growth.perplexity:
             continue
-        before, after = growth.perplexity_before[task], growth.perplexity[task]
+        row = PerplexityRow(task, None, growth.perplexity_before[task], growth.perplexity[task])
         if task == ALL_TASKS:
             table.add_section()
         score = f"{growth.new_expert[task]:.2f}" if task in growth.new_expert else ""
         style = "bold" if task == growth.task else None
-        change = percent_text(100 * (after - before) / before)
-        figures = (perplexity_text(before), perplexity_text(after), change, score)
+        figures = (perplexity_text(row.before), perplexity_text(row.after), percent_text(row.change_percent), score)
         table.add_row(escape(readable(task)), *figures, style=style)
     return table

@@ -7,10 +7,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.drawing import method_name, readable
+from experiments.measurements import perplexity_rows, task_names
 from experiments.plots import gate_maps
-from experiments.report import TEMPLATES, backbone_name, percent_text, perplexity_rows, perplexity_text
-from experiments.run_folder import RunFolder, task_names
+from experiments.report import TEMPLATES
+from experiments.run_folder import RunFolder
+from experiments.wording import backbone_name, method_name, percent_text, perplexity_text, readable
 from mops_fl.adapter_folder import AdapterDescription
 
 

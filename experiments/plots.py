@@ -24,15 +24,16 @@ from experiments.drawing import (
     draw_bare_model,
     drawn_figure,
     label_perplexity_axes,
-    method_name,
     plain_number,
     plot_curve,
-    readable,
-    shortened,
     wrapped,
 )
-from experiments.run_folder import Point, RunFolder, series, task_names
+from experiments.measurements import Point, series, task_names
+from experiments.run_folder import RunFolder
+from experiments.wording import method_name, readable, shortened
 
+# Runs that differ in these alone are repetitions of one experiment.
+REPEATED = ("seed", "output-dir", "resume")
 # More tasks than this have names of one line instead of two, and maps of the gate one below the other.
 FEW_TASKS = 7
 # Most tasks that an expert is named after; of the others only the number is said.
@@ -199,21 +200,16 @@ def run_labels(runs: Sequence[RunFolder], *, with_seed: bool = True) -> list[str
 
 def _difference(run: RunFolder, alike: Sequence[RunFolder]) -> str:
     """The first two short config values that tell the run from those `alike`, as text to append."""
-    configs = [told_apart(other) for other in alike]
-    keys = differing_keys(configs, ignore=("seed", "output-dir", "resume"))
-    short = [key for key in keys if all(len(str(config.get(key))) <= 12 for config in configs)]
-    return "".join(f", {key} {told_apart(run).get(key, '-')}" for key in short[:2])
+    configs = [identity(other) for other in alike]
+    keys = dict.fromkeys(key for config in configs for key in config if key not in REPEATED)
+    differing = [key for key in keys if len({config[key] for config in configs if key in config}) > 1]
+    short = [key for key in differing if all(len(str(config.get(key))) <= 12 for config in configs)]
+    return "".join(f", {key} {identity(run).get(key, '-')}" for key in short[:2])
 
 
-def told_apart(run: RunFolder) -> dict[str, Any]:
+def identity(run: RunFolder) -> dict[str, Any]:
     """What tells a run from others: its config, and whether it was federated or central."""
     return {**run.config, "training": run.results().get("training", "federated")}
-
-
-def differing_keys(configs: Sequence[Mapping[str, Any]], ignore: Sequence[str] = ()) -> list[str]:
-    """The config keys whose values are not the same in all of ``configs`` that have them."""
-    keys = dict.fromkeys(key for config in configs for key in config if key not in ignore)
-    return [key for key in keys if len({config[key] for config in configs if key in config}) > 1]
 
 
 def gate_maps(metrics: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:

@@ -3,46 +3,39 @@
 from __future__ import annotations
 
 import base64
-import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.drawing import method_name, readable
+from experiments.measurements import perplexity_rows
 from experiments.plots import plot_drift, plot_gate, plot_partition, plot_perplexity
 from experiments.run_folder import ALL_TASKS, RunFolder
+from experiments.wording import (
+    NOTHING,
+    backbone_name,
+    bytes_text,
+    count_text,
+    method_name,
+    percent_text,
+    perplexity_text,
+    readable,
+    seconds_text,
+)
 
 REPORT = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
-NOTHING = "–"  # noqa: RUF001 - an en dash stands for a missing figure
 STATUS_NOTES = {
     "running": "The run had not ended when this report was made; the figures are those so far.",
     "interrupted": "The run was interrupted; the figures are those it had reached.",
     "failed": "The run failed; the figures are those it had reached.",
     "unfinished": "The run ended before its start was measured.",
 }
-
-
-class PerplexityRow(NamedTuple):
-    """One task's test perplexity: bare model, before round 1, after training; None if not measured."""
-
-    task: str
-    bare: float | None
-    before: float | None
-    after: float | None
-
-    @property
-    def change_percent(self) -> float | None:
-        """Change from before to after; negative is better."""
-        if self.before is None or self.after is None:
-            return None
-        return 100 * (self.after - self.before) / self.before
 
 
 def write_report(run: RunFolder) -> Path:
@@ -80,53 +73,6 @@ def print_perplexity_table(summary: Mapping[str, Any], console: Console) -> None
         style = "bold" if row.task == ALL_TASKS else None
         table.add_row(escape(readable(row.task)), *figures, percent_text(row.change_percent), style=style)
     console.print(table)
-
-
-def perplexity_rows(summary: Mapping[str, Any]) -> list[PerplexityRow]:
-    """A row for each task in the order of the summary, and "all" at the end."""
-    stages = [summary.get(name) or {} for name in ("perplexity_bare", "perplexity_before", "perplexity")]
-    measured = dict.fromkeys(task for stage in stages for task in stage)
-    tasks = [task for task in measured if task != ALL_TASKS] + [task for task in measured if task == ALL_TASKS]
-    return [PerplexityRow(task, *(_finite(stage.get(task)) for stage in stages)) for task in tasks]
-
-
-def perplexity_text(value: float | None) -> str:
-    """A perplexity with about four digits, or a dash if there is none."""
-    if value is None or not math.isfinite(value):
-        return NOTHING
-    return f"{value:.2f}" if value < 100 else f"{value:,.1f}" if value < 10_000 else f"{value:,.0f}"
-
-
-def percent_text(value: float | None) -> str:
-    """A signed percentage, or a dash if there is none."""
-    return NOTHING if value is None or not math.isfinite(value) else f"{value:+.1f} %"
-
-
-def count_text(value: float | None) -> str:
-    """A whole number with thousands separated, or a dash if there is none."""
-    return NOTHING if value is None else f"{value:,.0f}"
-
-
-def bytes_text(value: float | None) -> str:
-    """A number of bytes in the decimal unit that suits it, or a dash if there is none."""
-    if value is None:
-        return NOTHING
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:,.1f} TB"
-
-
-def seconds_text(value: float | None) -> str:
-    """A duration as people say it, or a dash if there is none."""
-    if value is None:
-        return NOTHING
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, seconds = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 def _contents(run: RunFolder) -> dict[str, Any]:
@@ -181,17 +127,6 @@ def _setting(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     memory = machine.pop("memory-bytes", None)
     named = {**machine, "memory": bytes_text(memory), **manifest.get("versions", {})}
     return [(name, str(value)) for name, value in named.items()]
-
-
-def backbone_name(summary: Mapping[str, Any]) -> str:
-    """The backbone without owner or folders, and how it is compressed if it is."""
-    name = Path(str(summary.get("backbone", "unknown model"))).name
-    changes = [summary.get(key) for key in ("compression", "quantization")]
-    return ", ".join([name, *(str(change) for change in changes if change not in (None, "", "none"))])
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _base64(path: Path) -> str:

@@ -3,8 +3,6 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from pathlib import Path
 
 from rich.console import Console
 
@@ -15,7 +13,7 @@ from experiments.display import Display
 from experiments.durable import writing
 from experiments.model_card import model_card
 from experiments.report import print_perplexity_table, write_report
-from experiments.run_folder import PARTITION, RunFolder, only_finite
+from experiments.run_folder import ALL_TASKS, PARTITION, RunFolder, only_finite, output_dir
 from experiments.same_run import require_no_more_rounds, require_same_run, require_training
 from mops_fl.adapter_folder import RUN_ADAPTER, AdapterDescription, SavedAdapter, save_adapter
 from mops_fl.config import Scalar
@@ -58,7 +56,7 @@ class Run(ABC):
         self._config = config
         self._trainer = trainer
         self._setting = setting
-        path = Path(config.federation.output_dir or default_output_dir(run_config)).absolute()
+        path = output_dir(run_config)
         self._checkpoint: Checkpoint | None = None
         if config.federation.resume:
             self._folder = RunFolder.open(path)
@@ -127,7 +125,7 @@ class Run(ABC):
         bare = self._evaluate_bare()
         progress.perplexity_bare = bare.perplexity()
         self._log_evaluation(bare, "perplexity-bare")
-        self._display.say(f"test perplexity of the model without prompts: {progress.perplexity_bare['all']:.3f}")
+        self._display.say(f"test perplexity of the model without prompts: {progress.perplexity_bare[ALL_TASKS]:.3f}")
         start = self._trainer.prepare()
         if start.gate_accuracy is not None:
             self._log("server", "gate-accuracy", start.gate_accuracy)
@@ -180,9 +178,9 @@ class Run(ABC):
         logged = [
             entry["value"]
             for entry in self._folder.metrics()
-            if (entry["round"], entry["metric"], entry["task"]) == (self._progress.rounds_done, "perplexity", "all")
+            if (entry["round"], entry["metric"], entry["task"]) == (self._progress.rounds_done, "perplexity", ALL_TASKS)
         ]
-        return logged[-1:] == [only_finite(self._progress.perplexity["all"])]
+        return logged[-1:] == [only_finite(self._progress.perplexity[ALL_TASKS])]
 
     def _save(self, adapter: Arrays, frozen: Arrays, optimizer: Arrays) -> Checkpoint:
         self._progress.elapsed_seconds = time.monotonic() - self._began
@@ -221,7 +219,7 @@ class Run(ABC):
             for expert, score in enumerate(scores):
                 self._log("test", f"gate-expert-{expert}", score, task)
 
-    def _log(self, split: str, metric: str, value: float, task: str = "all") -> None:
+    def _log(self, split: str, metric: str, value: float, task: str = ALL_TASKS) -> None:
         self._folder.log(
             round=self._progress.rounds_done,
             client_steps=self._progress.client_steps,
@@ -286,9 +284,3 @@ class Run(ABC):
             return ()
         tasks, num_experts = self._setting.trained_tasks, adapter.num_experts
         return tuple(tasks[expert % len(tasks) :: num_experts] for expert in range(num_experts))
-
-
-def default_output_dir(run_config: Mapping[str, Scalar]) -> str:
-    """`runs/<dataset>-<method>-<UTC time>`."""
-    now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"runs/{run_config['dataset']}-{run_config['method']}-{now}"

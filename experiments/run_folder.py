@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import tomli_w
 
 from experiments.durable import PARTIAL, write_durably, writing
 from experiments.machine import git_revision, machine, versions
+from mops_fl.config import Scalar
 from mops_fl.errors import InputError, RunError
 
 CONFIG = "config.toml"
@@ -31,15 +32,6 @@ COPIED = ("method", "backbone", "compression", "quantization", "dataset", "seed"
 ALL_TASKS = "all"
 
 T = TypeVar("T")
-ConfigValue: TypeAlias = bool | int | float | str
-
-
-class Point(NamedTuple):
-    """One value of a metric; NaN where the run measured no finite one."""
-
-    round: int
-    client_steps: int
-    value: float
 
 
 class RunFolder:
@@ -51,7 +43,7 @@ class RunFolder:
         self.manifest = manifest
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, ConfigValue]) -> RunFolder:
+    def create(cls, path: Path, config: Mapping[str, Scalar]) -> RunFolder:
         """Make a new run folder and write its config.toml.
 
         Args:
@@ -91,7 +83,7 @@ class RunFolder:
         return run
 
     @property
-    def config(self) -> dict[str, ConfigValue]:
+    def config(self) -> dict[str, Scalar]:
         """Every resolved run-config value, by its kebab-case name."""
         return dict(self.manifest["config"])
 
@@ -206,12 +198,12 @@ class RunFolder:
         config = self.config
         return self.summary or {**{name: config[name] for name in COPIED if name in config}, "status": "unfinished"}
 
-    def write_config(self, config: Mapping[str, ConfigValue]) -> None:
+    def write_config(self, config: Mapping[str, Scalar]) -> None:
         """Write config.toml with these values and what else it says already."""
         self.manifest = {**self.manifest, "config": dict(config)}
         write_durably(self.path / CONFIG, tomli_w.dumps(self.manifest).encode())
 
-    def write_resumed(self, config: Mapping[str, ConfigValue]) -> None:
+    def write_resumed(self, config: Mapping[str, Scalar]) -> None:
         """Write config.toml with these values, and in `resumed` what process goes on with the run."""
         self.manifest = {**self.manifest, "resumed": [*self.manifest.get("resumed", []), _process()]}
         self.write_config(config)
@@ -235,6 +227,12 @@ class RunFolder:
         return content
 
 
+def output_dir(run_config: Mapping[str, Scalar]) -> Path:
+    """The absolute path of a run's folder: as configured, else `runs/<dataset>-<method>-<UTC time>`."""
+    default = f"runs/{run_config['dataset']}-{run_config['method']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    return Path(str(run_config["output-dir"] or default)).absolute()
+
+
 def require_empty(path: Path) -> None:
     """Refuse a folder for a new run in which there is something already, but for what a killed run had not finished.
 
@@ -243,31 +241,6 @@ def require_empty(path: Path) -> None:
     """
     if path.exists() and (not path.is_dir() or any(entry.suffix != PARTIAL for entry in path.iterdir())):
         raise InputError(f"The folder {path} is not empty; name another folder or empty it.")
-
-
-def series(
-    metrics: Sequence[Mapping[str, Any]], metric: str, task: str = ALL_TASKS, split: str = "test"
-) -> list[Point]:
-    """One metric over the rounds, in order.
-
-    Args:
-        metrics: what ``RunFolder.metrics`` returns.
-        metric: its name, such as "perplexity".
-        task: a task's name, or "all".
-        split: "train" or "test".
-    """
-    points = {}
-    for entry in metrics:
-        if (entry["metric"], entry["task"], entry["split"]) == (metric, task, split):
-            value = math.nan if entry["value"] is None else entry["value"]
-            points[entry["round"]] = Point(entry["round"], entry["client-steps"], value)
-    return [points[number] for number in sorted(points)]
-
-
-def task_names(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The tasks whose test perplexity was measured, in the order first written, without "all"."""
-    measured = (m["task"] for m in metrics if m["metric"] == "perplexity" and m["split"] == "test")
-    return [task for task in dict.fromkeys(measured) if task != ALL_TASKS]
 
 
 def _process() -> dict[str, Any]:

@@ -4,8 +4,6 @@ Everything that can be refused is refused before anything slow starts: first the
 the clients, then the output folder.
 """
 
-from pathlib import Path
-
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -14,7 +12,7 @@ from experiments.config import ExperimentConfig
 from experiments.federated_run import FederatedRun
 from experiments.nodes import find_clients, numbered_as_before, with_own_rows
 from experiments.reply_guard import ReplyGuard
-from experiments.run_folder import RunFolder
+from experiments.run_folder import RunFolder, output_dir
 from partitioning import OWN_ROWS
 from strategies.sampling import ClientSampler
 
@@ -36,7 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     clients = find_clients(grid, num_clients, *hashes, patience_seconds=NODE_PATIENCE_SECONDS)
     if config.client.partition.partitioner == OWN_ROWS:
         if config.federation.resume:
-            folder = RunFolder.open(Path(config.federation.output_dir).absolute())
+            folder = RunFolder.open(output_dir(context.run_config))
             clients = numbered_as_before(clients, folder.partition or {"clients": []})
         setting = with_own_rows(setting, clients)
     sampler = ClientSampler(

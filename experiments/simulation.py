@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,13 +26,13 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default runs the trai
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "ClientAppActor.terminate")
 
 from experiments.app_folder import AppFolder
-from experiments.config import ExperimentConfig
+from experiments.config import ExperimentConfig, with_absolute_models
 from experiments.display import own_traceback
-from experiments.run import default_output_dir, mark_interrupted
-from experiments.run_folder import RunFolder, require_empty
+from experiments.run import mark_interrupted
+from experiments.run_folder import RunFolder, output_dir, require_empty
 from experiments.runtimes import Backend, run_inline, run_on_ray
 from experiments.same_run import require_training
-from experiments.signals import raise_on_signals
+from experiments.signals import exit_code, raise_on_signals
 from mops_fl.compressed import SeveralPrunedError, resolve_model
 from mops_fl.config import Scalar
 from mops_fl.errors import InputError, RunError
@@ -80,8 +79,7 @@ def run_app(program: str, args: argparse.Namespace, backend: Backend, *, trainin
     except RunError as error:
         code, message = 1, own_traceback(str(error))
     except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        code, message = 128 + number, "interrupted; go on with --resume"
+        code, message = exit_code(interrupt), "interrupted; go on with --resume"
         mark_interrupted()
     except Exception:  # the last line of defence: show it, exit with 1
         code, message = 1, traceback.format_exc()
@@ -105,7 +103,7 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace, training: str) -> 
             raise InputError(
                 "The key `resume` is for `flwr run`; here, go on with `--resume RUN` in place of --run-config."
             )
-        run_config["output-dir"] = str(Path(str(run_config["output-dir"] or default_output_dir(run_config))).absolute())
+        run_config["output-dir"] = str(output_dir(run_config))
     if args.data:
         run_config["data-path"] = str(args.data)
     if args.num_supernodes is not None:
@@ -119,9 +117,7 @@ def _resolve_config(app: AppFolder, args: argparse.Namespace, training: str) -> 
     source = resolve_data(config.data.dataset, config.data.data_path)
     if source.revision is None and not source.is_sample:  # named by data-path or by a variable: recorded either way
         run_config["data-path"] = str(source.path.absolute())
-    for key in ("backbone", "gate-embedding"):
-        if run_config[key] and Path(str(run_config[key])).is_dir():
-            run_config[key] = str(Path(str(run_config[key])).absolute())
+    run_config = with_absolute_models(run_config)
     with contextlib.suppress(SeveralPrunedError):  # the trainer, which knows the data, may tell them apart
         resolve_model(config.backbone)
     if not args.resume:
@@ -140,9 +136,8 @@ def _resumed_config(
     return {**run_config, "output-dir": str(folder.absolute()), "resume": True}
 
 
-def app_options() -> argparse.ArgumentParser:
-    """The options of every command that runs an app: which, on what data, with which values."""
-    parser = argparse.ArgumentParser(add_help=False)
+def add_app_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that runs an app: which, on what data, with which values."""
     parser.add_argument(
         "--app", required=True, metavar="NAME", help="experiments.dolly, .dolly.fedprompt, .super_ni, or a folder"
     )
@@ -157,13 +152,11 @@ def app_options() -> argparse.ArgumentParser:
         metavar="TEXT",
         help='"key=value key=value" or a TOML file; may be repeated',
     )
-    return parser
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "flower-simulation", parents=[app_options()], description="Simulate a federation on this machine."
-    )
+    parser = argparse.ArgumentParser("flower-simulation", description="Simulate a federation on this machine.")
+    add_app_options(parser)
     parser.add_argument("--num-supernodes", type=int, metavar="N", help="virtual clients (default: num-clients)")
     parser.add_argument(
         "--backend",

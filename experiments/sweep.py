@@ -25,7 +25,7 @@ from typing import Any
 
 from experiments.app_folder import AppFolder
 from experiments.checkpoint import CHECKPOINTS
-from experiments.config import ExperimentConfig
+from experiments.config import ExperimentConfig, with_absolute_models
 from experiments.run_folder import CONFIG, RunFolder
 from mops_fl.config import DataConfig, Scalar, read_section
 from mops_fl.data import load_task_data
@@ -72,7 +72,7 @@ class Planned:
             return None
         found = RunFolder.open(self.folder)
         made = {**self.defaults, **found.config}
-        for key, value in _as_recorded(self.values).items():
+        for key, value in with_absolute_models(self.values).items():
             if key not in ("output-dir", "data-path", "resume") and made[key] != value:
                 raise InputError(
                     f"{self.folder} was made with {key} = {made[key]!r}, the sweep says {value!r}; "
@@ -203,12 +203,6 @@ def read_sweep(path: Path, output: Path | None, data: Path | None = None) -> Swe
 
 def _is_complete(run: RunFolder) -> bool:
     return (run.summary or {}).get("status") == COMPLETE
-
-
-def _as_recorded(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """With the paths of local models absolute, as a run writes them into its folder."""
-    paths = {key: Path(str(values[key])) for key in ("backbone", "gate-embedding")}
-    return {**values, **{key: str(path.absolute()) for key, path in paths.items() if path.is_dir()}}
 
 
 @cache

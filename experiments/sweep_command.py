@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import signal
 import sys
 import time
 import traceback
@@ -19,26 +18,25 @@ from rich.table import Column, Table
 
 from experiments.central_run import run_centrally
 from experiments.compress_command import prune_if_missing
-from experiments.report import perplexity_text
+from experiments.durable import writing
 from experiments.runtimes import Backend, run_inline
+from experiments.signals import SIGNALLED, exit_code
 from experiments.simulation import run_app
 from experiments.sweep import COMPLETE, ELSEWHERE, Planned, Sweep, read_sweep
 from experiments.sweep_cost import final_perplexity
 from experiments.sweep_table import DIVERGED, write_sweep_report
+from experiments.wording import perplexity_text
 from mops_fl.errors import InputError
 
 BACKENDS: dict[str, Backend] = {"federated": run_inline, "central": run_centrally}
-# Exit codes from here on are a signal's.
-SIGNALLED = 128
 RUNNING = "running"
 # Lines of a table beside its rows, and the line that counts.
 TABLE_FRAME = 4
 COUNTS = 1
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `sweep` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser("sweep", help="run the rows x methods x seeds of a TOML file, and make its table")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sweep`."""
     parser.add_argument("file", type=Path, metavar="FILE", help="such as experiments/tables/dolly_federated.toml")
     parser.add_argument("--data", type=Path, metavar="PATH", help="as for flower-simulation")
     parser.add_argument("--output", type=Path, metavar="DIR", help="of the run folders (default: as FILE says)")
@@ -120,7 +118,7 @@ def _prepare(one: Planned, state: str) -> int:
         print(f"mops-fl sweep: {error}")
         return 2
     except KeyboardInterrupt as interrupt:
-        return SIGNALLED + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        return exit_code(interrupt)
     except Exception:  # as `run_app` does: the other runs go on
         traceback.print_exc()
         return 1
@@ -132,11 +130,9 @@ def _log(one: Planned) -> Path:
 
 
 def _open_log(one: Planned) -> TextIO:
-    try:
+    with writing(_log(one), "choose another --output", InputError):
         one.folder.parent.mkdir(parents=True, exist_ok=True)
         return _log(one).open("a", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{_log(one)} cannot be written ({error.strerror}); choose another --output.") from error
 
 
 class _Say:

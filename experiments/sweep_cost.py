@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from experiments.report import NOTHING, bytes_text, count_text, seconds_text
-from experiments.run_folder import ALL_TASKS, RunFolder, series
+from experiments.measurements import series
+from experiments.run_folder import ALL_TASKS, RunFolder
+from experiments.wording import NOTHING, bytes_text, count_text, seconds_text
 
 COLUMNS = ("client steps", "training time", "sent by the clients", "sent to the clients")
 

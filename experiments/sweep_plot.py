@@ -21,7 +21,8 @@ from experiments.drawing import (
     plot_curve,
     wrapped,
 )
-from experiments.run_folder import Point, RunFolder, series
+from experiments.measurements import Point, series
+from experiments.run_folder import RunFolder
 
 PANELS_A_LINE = 2
 PANEL_INCHES = 3.2

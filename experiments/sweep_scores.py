@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from experiments.run_folder import ALL_TASKS, RunFolder
+from experiments.wording import markdown_table
 from mops_fl.errors import InputError
 
 EVALUATION = "evaluation.json"
@@ -59,10 +60,10 @@ def scores_markdown(finished: Mapping[tuple[str, str], Sequence[RunFolder]], num
     lines = ["", "Answers to the test rows (mean over seeds; higher is better):", ""]
     if len({one.setting for of in found.values() for one in of}) > 1:
         lines += ["> Not a fair comparison: answers to other rows, or of another greatest length.", ""]
-    lines += ["|  | method | rows | ROUGE-L | exact match |", "| --- | --- | --- | --- | --- |"]
+    table = []
     for (row, method), scores in found.items():
         rows = "/".join(dict.fromkeys(str(one.setting[0]) for one in scores))
         few = f" ({len(scores)} of {num_seeds} seeds)" if len(scores) < num_seeds else ""
         rouge_l, exact = fmean(one.rouge_l for one in scores), fmean(one.exact_match for one in scores)
-        lines.append(f"| {row} | {method} | {rows} | {rouge_l:.1f}{few} | {exact:.1f} % |")
-    return lines
+        table.append([row, method, rows, f"{rouge_l:.1f}{few}", f"{exact:.1f} %"])
+    return [*lines, markdown_table(["", "method", "rows", "ROUGE-L", "exact match"], table)]

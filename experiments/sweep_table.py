@@ -1,17 +1,23 @@
 """What a sweep came to: perplexity beside the paper's, gains, what reaching the first method cost, answers, curves."""
 
+from __future__ import annotations
+
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from experiments.compare import common_gain_percent
+from experiments.durable import writing
 from experiments.fairness import measured_differences
-from experiments.report import NOTHING, percent_text, perplexity_text
 from experiments.run_folder import ALL_TASKS, RunFolder
-from experiments.sweep import Sweep
 from experiments.sweep_cost import COLUMNS, cost_cells, final_perplexity, steps_note
 from experiments.sweep_plot import plot_sweep
 from experiments.sweep_scores import scores_markdown
+from experiments.wording import NOTHING, markdown_table, percent_text, perplexity_text
 from mops_fl.errors import InputError
+
+if TYPE_CHECKING:
+    from experiments.sweep import Sweep
 
 DIVERGED = "diverged"
 
@@ -34,13 +40,11 @@ def write_sweep_report(sweep: Sweep) -> str:
         for method in sweep.methods
     }
     text = sweep_markdown(sweep, finished)
-    try:
+    with writing(sweep.output, "choose another --output", InputError):
         sweep.output.mkdir(parents=True, exist_ok=True)
         if plot_sweep(finished, sweep.output / f"{sweep.name}.png"):
             text += f"\n![Test perplexity over client steps]({sweep.name}.png)\n"
         (sweep.output / f"{sweep.name}.md").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{sweep.output} cannot be written ({error.strerror}); choose another --output.") from error
     return text
 
 
@@ -55,31 +59,28 @@ def sweep_markdown(sweep: Sweep, finished: Finished) -> str:
 def _perplexity_table(sweep: Sweep, finished: Finished) -> list[str]:
     first, *others = sweep.methods
     gains = [f"{method} against {first}" for method in others]
-    lines = [_line(["", "bare model", *sweep.methods, *gains]), _line(["---"] * (2 + len(sweep.methods) + len(gains)))]
+    rows = []
     for row in sweep.rows:
         runs = {method: finished[row, method] for method in sweep.methods}
         cells = [_cell(runs[method], sweep.num_seeds, sweep.paper.get(row, {}).get(method)) for method in sweep.methods]
         bare = next((run.results()["perplexity_bare"][ALL_TASKS] for of in runs.values() for run in of), None)
         finals = {method: _finals(runs[method]) for method in sweep.methods}
         gain = [percent_text(common_gain_percent(finals[first], finals[method])) for method in others]
-        lines.append(_line([row, perplexity_text(bare), *cells, *gain]))
+        rows.append([row, perplexity_text(bare), *cells, *gain])
     note = f"Against {first}: gain of the mean over the seeds that both have; positive where the perplexity is lower."
-    return [*lines, "", note] if others else lines
+    table = markdown_table(["", "bare model", *sweep.methods, *gains], rows)
+    return [table, "", note] if others else [table]
 
 
 def _cost_table(sweep: Sweep, finished: Finished) -> list[str]:
     first = sweep.methods[0]
-    lines = [
+    rows = [[row, method, *cost_cells(finished[row, first], runs)] for (row, method), runs in finished.items() if runs]
+    return [
         f"Cost of reaching the final perplexity of the same seed's {first} (first measurement at or below it, median "
         "over the seeds that reach it; the time is that of training alone):",
         "",
-        _line(["", "method", *COLUMNS]),
-        _line(["---"] * (2 + len(COLUMNS))),
+        markdown_table(["", "method", *COLUMNS], rows),
     ]
-    for (row, method), runs in finished.items():
-        if runs:
-            lines.append(_line([row, method, *cost_cells(finished[row, first], runs)]))
-    return lines
 
 
 def _perplexity_note(sweep: Sweep) -> str:
@@ -124,7 +125,3 @@ def _finals(runs: Sequence[RunFolder]) -> dict[object, float]:
     """Seed -> final perplexity, without the runs that diverged."""
     finals = {run.config["seed"]: final_perplexity(run) for run in runs}
     return {seed: value for seed, value in finals.items() if value is not None}
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -4,14 +4,12 @@ import argparse
 from pathlib import Path
 
 from experiments.central_run import run_centrally
-from experiments.simulation import app_options, run_app
+from experiments.simulation import add_app_options, run_app
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `train` to the parser of `mops-fl`."""
-    parser = subparsers.add_parser(
-        "train", parents=[app_options()], help="train centrally, on all rows, for as many steps as a federation"
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `train`."""
+    add_app_options(parser)
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
     parser.set_defaults(run=run, num_supernodes=None)
 

@@ -18,8 +18,8 @@ def rows(table: compare.ComparisonTable, block: int) -> dict[str, list[str]]:
 
 def run_command(*arguments: object) -> int:
     parser = ArgumentParser()
-    compare.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["compare", *map(str, arguments)])
+    compare.add_options(parser)
+    args = parser.parse_args(list(map(str, arguments)))
     return args.run(args)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from clients.config import ClientConfig
 from experiments.app_folder import AppFolder
-from experiments.config import ExperimentConfig, FederationConfig
+from experiments.config import ExperimentConfig, FederationConfig, with_absolute_models
 from mops_fl.config import section_keys
 from mops_fl.errors import InputError
 from strategies.aggregation import AggregationConfig
@@ -164,3 +164,13 @@ def test_positions_are_not_pooled_where_another_model_reads_the_question(run_con
         InputError, match="`pooling` is 'all', but the model of `gate-embedding` sees the question only"
     ):
         ExperimentConfig.from_run_config(run_config(changes))
+
+
+def test_paths_of_local_models_are_recorded_absolute_but_names_of_models_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "backbone").mkdir()
+    names = {"backbone": "some/model", "gate-embedding": "backbone", "seed": 1}
+    assert with_absolute_models(names) == names
+    folders = {"backbone": "backbone", "gate-embedding": "./backbone"}
+    assert set(with_absolute_models(folders).values()) == {str(tmp_path / "backbone")}
+    assert with_absolute_models({"backbone": "", "gate-embedding": ""}) == {"backbone": "", "gate-embedding": ""}

@@ -14,7 +14,8 @@ from clients import client_app, resident, trainer
 from experiments import durable, federated_run, simulation
 from experiments.app_folder import AppFolder
 from experiments.display import Display
-from experiments.run_folder import RunFolder, series
+from experiments.measurements import series
+from experiments.run_folder import RunFolder
 from experiments.runtimes import run_inline
 from mops_fl.adapter_folder import load_adapter
 from mops_fl.payload import ARRAYS, METRICS, from_record, to_record

@@ -10,7 +10,8 @@ import torch
 from clients import client_app
 from experiments import run as run_module
 from experiments.app_folder import AppFolder
-from experiments.run_folder import RunFolder, series
+from experiments.measurements import series
+from experiments.run_folder import RunFolder
 from experiments.runtimes import run_inline
 from mops_fl.adapter_folder import load_adapter
 from mops_fl.data import DOLLY_TASKS

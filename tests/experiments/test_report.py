@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments import report, report_command
+from experiments import report, report_command, wording
 from experiments.cli import main
 from experiments.run_folder import RunFolder
 
@@ -112,15 +112,15 @@ def test_names_in_the_table_are_shown_as_they_are(make_run) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (report.perplexity_text(8.0), "8.00"),
-        (report.perplexity_text(123.456), "123.5"),
-        (report.perplexity_text(123456.7), "123,457"),
-        (report.bytes_text(999), "999 bytes"),
-        (report.bytes_text(61_957_600), "62 MB"),
-        (report.bytes_text(None), report.NOTHING),
-        (report.seconds_text(59.94), "59.9 s"),
-        (report.seconds_text(754.2), "12 min 34 s"),
-        (report.seconds_text(7260), "2 h 1 min"),
+        (wording.perplexity_text(8.0), "8.00"),
+        (wording.perplexity_text(123.456), "123.5"),
+        (wording.perplexity_text(123456.7), "123,457"),
+        (wording.bytes_text(999), "999 bytes"),
+        (wording.bytes_text(61_957_600), "62 MB"),
+        (wording.bytes_text(None), wording.NOTHING),
+        (wording.seconds_text(59.94), "59.9 s"),
+        (wording.seconds_text(754.2), "12 min 34 s"),
+        (wording.seconds_text(7260), "2 h 1 min"),
     ],
 )
 def test_figures_are_written_for_people(text: str, expected: str) -> None:
@@ -169,7 +169,16 @@ def test_folder_that_cannot_be_written_is_one_sentence(make_run, without_plots, 
     assert error.count("\n") == 1
 
 
-def test_reports_and_comparisons_need_neither_torch_nor_flower() -> None:
-    code = "import sys, experiments.compare; print({'torch', 'flwr', 'ray', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+@pytest.mark.parametrize("command", ["report", "compare", "fetch", "certificates", ""])
+def test_commands_that_read_folders_or_write_files_need_neither_torch_nor_flower(command) -> None:
+    code = """
+import atexit, sys
+from experiments import cli
+slow = {"torch", "transformers", "datasets", "ray", "flwr"}
+atexit.register(lambda: print("loaded:", *slow & set(sys.modules)))
+cli.main()
+"""
+    words = [*filter(None, [command]), "--help"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(" ".join(["usage: mops-fl", *words[:-1]]))
+    assert done.stdout.endswith("loaded:\n")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from experiments import run_folder
-from experiments.run_folder import COPIED, RunFolder, series, task_names
+from experiments.measurements import series, task_names
+from experiments.run_folder import COPIED, RunFolder
 from mops_fl.errors import InputError
 
 CONFIG = {"method": "mops", "seed": 3, "lr": 0.01, "resume": False}

@@ -11,9 +11,9 @@ import experiments
 from experiments import run as run_module
 from experiments import sweep_command
 from experiments.cli import main
-from experiments.report import NOTHING, percent_text, perplexity_text
 from experiments.run_folder import RunFolder
 from experiments.sweep import read_sweep
+from experiments.wording import NOTHING, percent_text, perplexity_text
 from mops_fl.errors import InputError
 from mops_fl.sources import sample_path
 

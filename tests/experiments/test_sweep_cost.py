@@ -5,8 +5,8 @@ A fabricated run's perplexity falls monotonically, measured after rounds 0, 5, 1
 
 import pytest
 
-from experiments.report import NOTHING
 from experiments.sweep_cost import cost_cells, cost_to_reach
+from experiments.wording import NOTHING
 
 
 def log_rounds(run, **per_round):

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report import NOTHING
 from experiments.sweep import Planned, Sweep
 from experiments.sweep_scores import EVALUATION
 from experiments.sweep_table import sweep_markdown, write_sweep_report
+from experiments.wording import NOTHING
 from mops_fl.errors import InputError
 
 METHODS = ("FedPrompt", "MoPs")

@@ -16,10 +16,10 @@ from experiments.adapter_options import gate_lines
 from experiments.app_folder import AppFolder
 from experiments.central_run import run_centrally
 from experiments.cli import main
-from experiments.evaluate_command import run_rows
-from experiments.report import perplexity_text
+from experiments.measured_rows import run_rows
 from experiments.run_folder import RunFolder
 from experiments.runtimes import run_inline
+from experiments.wording import perplexity_text
 from mops_fl.config import DataConfig, read_section
 from mops_fl.data import load_task_data
 from mops_fl.encoding import Turn

@@ -212,7 +212,7 @@ def test_supernode_whose_key_is_not_registered_is_refused(deployment, supernode)
 def test_supernode_that_trusts_another_authority_does_not_connect(deployment, supernode, tmp_path):
     make_server_certificate(tmp_path, ["localhost"])
     deployment.register("careful")
-    process = supernode("careful", authority=tmp_path / "ca.crt")
+    process = supernode("careful", options=["--root-certificates", tmp_path / "ca.crt"])
     wait_until_refused(deployment, "careful", process)
 
 
@@ -260,13 +260,13 @@ def test_superlink_with_an_expired_certificate_is_not_spoken_to(
         patch.setattr(certificates_module, "datetime", TwoYearsAgo)
         make_server_certificate(tmp_path / "expired", ["localhost"], days=30)
     address, calls = fleet_server(tmp_path / "expired")
-    process = supernode("punctual", superlink=address)
+    process = supernode("punctual", options=["--superlink", address])
     wait_until_refused(deployment, "punctual", process)
     assert calls.methods == []
     # The same server is spoken to when only the date is another.
     deployment.register("prompt")
     address, calls = fleet_server(tmp_path / "valid")
-    supernode("prompt", superlink=address)
+    supernode("prompt", options=["--superlink", address])
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not calls.methods:
         assert time.monotonic() < deadline, deployment.tail("prompt")

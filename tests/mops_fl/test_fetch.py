@@ -379,8 +379,8 @@ def test_named_files_must_exist_and_be_jsonl(tmp_path, monkeypatch):
 
 def _run_command(*words):
     parser = argparse.ArgumentParser()
-    fetch_command.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["fetch", *words])
+    fetch_command.add_options(parser)
+    args = parser.parse_args(words)
     return fetch_command.run(args)
 
 

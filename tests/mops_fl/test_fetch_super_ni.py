@@ -153,10 +153,10 @@ def test_folder_that_was_left_half_is_refused(hub, cache):
 def test_the_command_fetches_it_only_if_asked_and_says_whence_it_came(tmp_path, capsys):
     def run(*words):
         parser = argparse.ArgumentParser()
-        fetch_command.add_parser(parser.add_subparsers())
+        fetch_command.add_options(parser)
         (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model/config.json").write_text("{}")
-        args = parser.parse_args(["fetch", "--backbone", str(tmp_path / "model"), "--no-data", *words])
+        args = parser.parse_args(["--backbone", str(tmp_path / "model"), "--no-data", *words])
         assert fetch_command.run(args) == 0
         return capsys.readouterr().out.splitlines()[3:]
 
