@@ -32,7 +32,7 @@ from mops_fl.data import Row, TaskData
 from mops_fl.encoding import EncodedRow, RowEncoder
 from mops_fl.errors import InputError
 from mops_fl.evaluation import Evaluation, by_length, evaluate, evaluate_bare
-from mops_fl.methods import require_method
+from mops_fl.methods import METHOD_OF
 from mops_fl.model import AdaptableModel, check_inject_layer, check_window
 from mops_fl.payload import (
     INPUT_PROMPTS,
@@ -115,7 +115,7 @@ class Trainer:
         """
         self._config = ClientConfig.from_run_config(run_config)
         self._owners = RowOwners(self._config, own_data)
-        self._method = require_method(self._config.adapter.method)
+        self._method = METHOD_OF[self._config.adapter.method]
         self._lanes = Lanes.of_this_machine()
         self._name = uuid4().hex
         self._lock = threading.RLock()  # held while anything is loaded, encoded or looked up
@@ -173,7 +173,7 @@ class Trainer:
             model = self._adaptable_model(request.frozen) if request.adapter else None
         if not rows:
             nothing = (0,) * len(request.tasks)
-            num_gated = self._config.adapter.num_experts if request.adapter and self._method.gated else 0
+            num_gated = self._config.adapter.num_gated if request.adapter else 0
             return EvaluateResult(nothing, nothing, nothing, nothing * num_gated)
         tasks, spread = self._data.tasks, self._lanes.map
         if model is None:

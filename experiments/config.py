@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from clients.config import ClientConfig
 from mops_fl.config import Scalar, read_section, require_at_least, require_choice, require_positive, section_keys
 from mops_fl.errors import InputError
-from mops_fl.methods import require_method
 from strategies.aggregation import AggregationConfig, check_cohort_size
 from strategies.fedprompt import WEIGHTINGS
 from strategies.privacy import NoiseConfig
@@ -72,9 +71,11 @@ class ExperimentConfig:
             read_section(AggregationConfig, run_config),
             read_section(NoiseConfig, run_config),
         )
-        method = config.client.adapter.method
-        if not require_method(method).gated and config.federation.weighting == "gate-mass":
-            raise InputError(f"`weighting` is 'gate-mass', but {method} has no gate; choose uniform or num-examples.")
+        adapter = config.client.adapter
+        if not adapter.gated and config.federation.weighting == "gate-mass":
+            raise InputError(
+                f"`weighting` is 'gate-mass', but {adapter.method} has no gate; choose uniform or num-examples."
+            )
         num_clients, per_round = config.client.partition.num_clients, config.federation.clients_per_round
         if per_round > num_clients:
             raise InputError(

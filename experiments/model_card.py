@@ -12,6 +12,7 @@ from experiments.plots import gate_maps
 from experiments.report import TEMPLATES, backbone_name, percent_text, perplexity_rows, perplexity_text
 from experiments.run_folder import RunFolder, task_names
 from mops_fl.adapter_folder import AdapterDescription
+from mops_fl.config import PROMPTED
 
 
 def model_card(run: RunFolder, description: AdapterDescription) -> str:
@@ -58,7 +59,7 @@ def _facts(run: RunFolder, description: AdapterDescription) -> list[tuple[str, A
         ("learnt from", learnt_from),
         ("seed", summary["seed"]),
     ]
-    if adapter.method in ("mops", "fedprompt"):
+    if adapter.method in PROMPTED:
         facts += [
             (
                 "prompts",
@@ -66,7 +67,7 @@ def _facts(run: RunFolder, description: AdapterDescription) -> list[tuple[str, A
             ),
             ("started as", adapter.prompt_init),
         ]
-    if adapter.method == "mops":
+    if adapter.gated:
         facts += [("gating", adapter.gating), ("gate's input", f"mean over {adapter.pooling}")]
     if adapter.method == "lora":
         facts += [("rank, alpha", f"{adapter.lora_rank}, {adapter.lora_alpha:g}")]

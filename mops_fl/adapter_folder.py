@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from mops_fl.config import GATED, AdapterConfig, BackboneConfig, DataConfig, read_section, to_key
+from mops_fl.config import AdapterConfig, BackboneConfig, DataConfig, read_section, to_key
 from mops_fl.encoding import TEMPLATE
 from mops_fl.errors import InputError
 
@@ -51,7 +51,7 @@ class AdapterDescription:
     @property
     def expert_names(self) -> tuple[str, ...]:
         """A name for each expert: the tasks it was pretrained for, or its number, or both; empty without a gate."""
-        if not GATED.get(self.adapter.method):
+        if not self.adapter.gated:
             return ()
         names = [", ".join(tasks) for tasks in self.experts or [()] * self.adapter.num_experts]
         return tuple(

@@ -30,7 +30,7 @@ from mops_fl.compressed import backbone_sha256, prefer_with_weights, resolve_mod
 from mops_fl.config import OWN_EMBEDDING, BackboneConfig, to_key
 from mops_fl.encoding import Turn, prompt_tokens
 from mops_fl.errors import InputError
-from mops_fl.methods import FROZEN_ARRAYS, require_method
+from mops_fl.methods import FROZEN_ARRAYS, METHOD_OF
 from mops_fl.state_cache import StateCache
 
 
@@ -56,7 +56,7 @@ class MopsModel(PreTrainedModel, GenerationMixin):
         self._saved = saved
         arrays = {name: torch.tensor(array) for name, array in saved.arrays.items()}
         frozen = {name: arrays.pop(name) for name in FROZEN_ARRAYS if name in arrays}
-        method = require_method(saved.description.adapter.method)
+        method = METHOD_OF[saved.description.adapter.method]
         # No state is kept: rows of two files may have the same ids.
         self.adaptable = method.model(backbone, saved.description.adapter, frozen, StateCache(0))
         self.adapter = self.adaptable.adapter([arrays]).requires_grad_(False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mops_fl.adapter import AdapterState, Gate, initial_state
 from mops_fl.backbone import Backbone
-from mops_fl.config import GATED, AdapterConfig, PretrainConfig
+from mops_fl.config import AdapterConfig, PretrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.evaluation import Spread
 from mops_fl.losses import plain_losses
@@ -72,7 +72,7 @@ def pretrain(
     accuracy = neighbours = None
     if rows and config.gate_epochs and "gate.w1" in state:
         state, accuracy = train_gate(state, model, rows, num_tasks, config, spread)
-    elif GATED[adapter_config.method] and adapter_config.routing == "nearest":
+    elif adapter_config.gated and adapter_config.routing == "nearest":
         pooled, experts = gate_inputs(model, rows, adapter_config.num_experts, spread)
         neighbours = Neighbours.of(pooled, experts, adapter_config.num_experts)
     return Pretrained(model.input_prompts, state, accuracy, neighbours)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mops_fl.methods import METHODS
+from mops_fl.config import METHODS
 from mops_fl.payload import TrainResult
 from strategies.fedprompt import RoundError
 from strategies.mops import MoPs
