@@ -7,7 +7,8 @@ from dataclasses import asdict
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
-from clients.trainer import Setting, Trainer
+from clients.setting import Setting
+from clients.trainer import Trainer
 from experiments.checkpoint import Checkpoint
 from experiments.client_evaluation import evaluate_on_clients
 from experiments.config import ExperimentConfig

@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from clients.trainer import Setting
+from clients.setting import Setting
 from mops_fl.errors import InputError
 from mops_fl.payload import NOT_NUMBERED, ClientInfo, decode_info, shortened
 from strategies.replies import error_text

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from clients.trainer import Setting, Trainer
+from clients.setting import Setting
+from clients.trainer import Trainer
 from experiments.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from experiments.config import ExperimentConfig
 from experiments.display import Display
