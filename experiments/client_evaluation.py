@@ -8,6 +8,7 @@ from flwr.serverapp import Grid
 
 from mops_fl.errors import InputError
 from mops_fl.evaluation import Evaluation
+from mops_fl.foreign_text import error_text
 from mops_fl.payload import (
     EvaluateRequest,
     EvaluateResult,
@@ -15,7 +16,6 @@ from mops_fl.payload import (
 )
 from mops_fl.reply_check import checked_sums
 from strategies.fedprompt import RoundError
-from strategies.replies import error_text
 
 logger = logging.getLogger(__name__)
 

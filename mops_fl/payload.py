@@ -13,7 +13,6 @@ Reply    `config`   partition-id, num-examples, trainer (clients that name the s
                     backbone-sha256, data-sha256; if the rows are the client's own also its tasks and the rows-per-task
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from mops_fl.errors import InputError
+from mops_fl.foreign_text import one_line
 
 ARRAYS = "arrays"
 FROZEN = "frozen"
@@ -197,18 +197,6 @@ def encode_result(result: TrainResult) -> RecordDict:
     return RecordDict({ARRAYS: to_record(result.adapter), METRICS: metrics})
 
 
-def printable(text: str) -> str:
-    """Text of somebody else's without colours and other characters that a terminal would obey."""
-    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
-    return "".join(char for char in plain if char.isprintable() or char in "\n\t")
-
-
-def shortened(value: object) -> str:
-    """A value of somebody else's as it may stand in a sentence."""
-    text = " ".join(printable(str(value)[:1000]).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
 def encode_info(info: ClientInfo) -> RecordDict:
     """The answer to the query who a node is."""
     config = ConfigRecord(
@@ -235,7 +223,7 @@ def decode_info(content: RecordDict) -> ClientInfo:
     config: dict[str, Any] = dict(content.config_records.get(CONFIG, {}))
     kinds = {"partition-id": int, "num-examples": int, "trainer": str, "backbone-sha256": str, "data-sha256": str}
     if any(type(config.get(name)) is not kind for name, kind in kinds.items()) or config["num-examples"] < 0:
-        raise InputError(f"It answers {shortened(config)}, not who it is; update its software.")
+        raise InputError(f"It answers {one_line(config)}, not who it is; update its software.")
     return ClientInfo(
         config["partition-id"],
         config["num-examples"],
@@ -251,9 +239,9 @@ def _own_rows(config: Mapping[str, Any]) -> dict[str, int] | None:
         return None
     tasks, counts = config[TASKS], config.get("rows-per-task")
     if not isinstance(tasks, list) or not isinstance(counts, list) or len(tasks) != len(counts):
-        raise InputError(f"It answers {shortened(config)}, not its rows of each task; update its software.")
+        raise InputError(f"It answers {one_line(config)}, not its rows of each task; update its software.")
     if any(type(count) is not int or count < 0 for count in counts):
-        raise InputError(f"It answers {shortened(config)}, in which a task's rows are no count; update its software.")
+        raise InputError(f"It answers {one_line(config)}, in which a task's rows are no count; update its software.")
     return dict(zip(tasks, counts, strict=True))
 
 

@@ -16,10 +16,10 @@ from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from mops_fl.errors import InputError, RunError
-from mops_fl.payload import ARRAYS, METRICS, TrainResult, encode_request, encode_result, from_record, shortened
+from mops_fl.foreign_text import error_text, one_line
+from mops_fl.payload import ARRAYS, METRICS, TrainResult, encode_request, encode_result, from_record
 from mops_fl.reply_check import ReplyLimits, check_result
 from strategies.aggregation import Aggregate
-from strategies.replies import error_text
 from strategies.sampling import ClientSampler
 from strategies.screening import overlong_updates
 from strategies.totals import WEIGHT, num_bytes, sum_metrics
@@ -222,7 +222,7 @@ class FedPrompt(FedAvg):
         check_result(content, self._sent, self._acceptance.limits)
         metrics: Any = content.metric_records[METRICS]
         if len(metrics["gate-mass"]) != self._num_experts:
-            raise InputError(f"Metric gate-mass is {shortened(metrics['gate-mass'])}, not {self._num_experts} numbers.")
+            raise InputError(f"Metric gate-mass is {one_line(metrics['gate-mass'])}, not {self._num_experts} numbers.")
         if metrics["num-examples"] > (known := self._sampler.clients[client].num_examples):
             raise InputError(f"Metric num-examples is {metrics['num-examples']}; the client told of {known} at first.")
 
