@@ -14,13 +14,14 @@ Reply    `config`   partition-id, num-examples, trainer (clients that name the s
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from mops_fl.config import to_key
 from mops_fl.errors import InputError
 from mops_fl.foreign_text import one_line
 
@@ -148,6 +149,10 @@ class EvaluateResult:
     gate_mass: tuple[float, ...]
 
 
+# Names of the numbers in the reply to a train message.
+TRAIN_METRICS = {to_key(field.name) for field in fields(TrainResult)} - {"adapter"}
+
+
 def to_record(arrays: Arrays) -> ArrayRecord:
     """Arrays as a record, bit for bit."""
     return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
@@ -184,17 +189,13 @@ def decode_request(content: RecordDict) -> TrainRequest:
 
 def encode_result(result: TrainResult) -> RecordDict:
     """The content of a reply."""
-    metrics = MetricRecord(
-        {
-            "num-examples": result.num_examples,
-            "num-steps": result.num_steps,
-            "num-tokens": result.num_tokens,
-            "loss-sum": result.loss_sum,
-            "seconds": result.seconds,
-            "gate-mass": list(result.gate_mass),
-        }
-    )
-    return RecordDict({ARRAYS: to_record(result.adapter), METRICS: metrics})
+    return RecordDict({ARRAYS: to_record(result.adapter), METRICS: MetricRecord(metrics_of(result))})
+
+
+def metrics_of(result: TrainResult | EvaluateResult) -> dict[str, Any]:
+    """A result's numbers under their wire names."""
+    numbers = {to_key(name): value for name, value in vars(result).items() if name != "adapter"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in numbers.items()}
 
 
 def encode_info(info: ClientInfo) -> RecordDict:
@@ -268,7 +269,4 @@ def decode_evaluate_request(content: RecordDict) -> EvaluateRequest:
 
 def encode_evaluate_result(result: EvaluateResult) -> RecordDict:
     """The content of the reply to an evaluate message."""
-    metrics = MetricRecord()
-    for name, values in vars(result).items():
-        metrics[name.replace("_", "-")] = list(values)
-    return RecordDict({METRICS: metrics})
+    return RecordDict({METRICS: MetricRecord(metrics_of(result))})

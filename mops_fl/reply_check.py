@@ -9,14 +9,12 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from mops_fl.errors import InputError
 from mops_fl.foreign_text import one_line
-from mops_fl.payload import ARRAYS, METRICS, EvaluateResult
+from mops_fl.payload import ARRAYS, METRICS, TRAIN_METRICS, EvaluateResult
 
 _HEADER_SLACK_BYTES = 1024  # the same array may have a longer header from another numpy
 _MOST_LOSS = 700  # of a token, in nats; a perplexity beyond exp(700) is no float any more
 _MOST_ROWS = 2**32  # of a client and task; the sums over clients then stay far from the end of an int64
 _ROUNDING = 1e-3  # of the gate mass of one row, which is 1
-
-_METRIC_NAMES = {"num-examples", "num-steps", "num-tokens", "loss-sum", "seconds", "gate-mass"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def check_result(content: RecordDict, expected: ArrayRecord, limits: ReplyLimits
             dtypes differ, a value is not finite, or a count is not positive or beyond its limit.
     """
     names = set(content), set(content.array_records), set(content.metric_records.get(METRICS, {}))
-    if names != ({ARRAYS, METRICS}, {ARRAYS}, _METRIC_NAMES):
+    if names != ({ARRAYS, METRICS}, {ARRAYS}, TRAIN_METRICS):
         raise InputError("The reply does not hold exactly the adapter and its metrics; update the client's software.")
     arrays = content.array_records[ARRAYS]
     if list(arrays) != list(expected):
