@@ -4,7 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from clients.config import ClientConfig
-from mops_fl.config import Scalar, read_section, require_at_least, require_choice, require_positive, section_keys
+from mops_fl.config import (
+    Scalar,
+    read_section,
+    require_at_least,
+    require_choice,
+    require_not_negative,
+    require_positive,
+    section_keys,
+    to_key,
+)
 from mops_fl.errors import InputError
 from strategies.aggregation import AggregationConfig, check_cohort_size
 from strategies.fedprompt import WEIGHTINGS
@@ -39,11 +48,10 @@ class FederationConfig:
 
     def __post_init__(self) -> None:
         require_choice("weighting", self.weighting, WEIGHTINGS)
-        if not 0 <= self.server_weight < float("inf"):
-            raise InputError(f"`server-weight` is {self.server_weight}; it must be a number of at least 0.")
+        require_not_negative("server-weight", self.server_weight)
         require_positive("round-timeout", self.round_timeout)
         for name in ("clients_per_round", "num_server_rounds", "cohort_size", "evaluate_every"):
-            require_at_least(name.replace("_", "-"), getattr(self, name), 1)
+            require_at_least(to_key(name), getattr(self, name), 1)
 
 
 @dataclass(frozen=True)
@@ -84,10 +92,10 @@ class ExperimentConfig:
         check_cohort_size(config.aggregation, per_round)
         if config.federation.server_weight and not config.client.data.server_rows:
             raise InputError("`server-weight` is above 0, but `server-rows` is 0; give the server rows to train on.")
-        config.require_equal_clients()
+        config._require_equal_clients()
         return config
 
-    def require_equal_clients(self) -> None:
+    def _require_equal_clients(self) -> None:
         """Robust aggregation and privacy count every client alike, and no one else.
 
         Raises:

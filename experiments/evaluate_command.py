@@ -19,7 +19,7 @@ from experiments.drawing import readable
 from experiments.durable import writing
 from experiments.report import NOTHING, perplexity_text
 from experiments.run_folder import ALL_TASKS, CONFIG, RunFolder, only_finite
-from mops_fl.config import DataConfig, require_at_least
+from mops_fl.config import DataConfig, require_at_least, to_key
 from mops_fl.errors import InputError
 from partitioning import OWN_ROWS
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         InputError: If an option is out of range, adapter, backbone or data are missing, or the file cannot be written.
     """
     for name in ("rows", "max_new_tokens", "batch_size"):
-        require_at_least(name.replace("_", "-"), getattr(args, name), 0 if name == "rows" else 1)
+        require_at_least(to_key(name), getattr(args, name), 0 if name == "rows" else 1)
     if not args.data and not (Path(args.adapter).expanduser() / CONFIG).is_file():
         raise InputError("Only a run's folder knows its test rows; give rows with --data.")
     given = read_rows(args.data, args.tasks, args.rows) if args.data else None

@@ -206,8 +206,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_positive("lr", self.lr)
-        if not 0 <= self.gate_lr_factor < float("inf"):
-            raise InputError(f"`gate-lr-factor` is {self.gate_lr_factor}; it must be a number of at least 0.")
+        require_not_negative("gate-lr-factor", self.gate_lr_factor)
         require_at_least("batch-size", self.batch_size, 1)
         require_at_least("local-steps", self.local_steps, 1)
         require_at_least("local-epochs", self.local_epochs, 0)
@@ -265,3 +264,9 @@ def require_positive(key: str, value: float) -> None:
     """Refuse zero, negative and non-finite numbers."""
     if not 0 < value < float("inf"):
         raise InputError(f"`{key}` is {value}; it must be a positive number.")
+
+
+def require_not_negative(key: str, value: float) -> None:
+    """Refuse negative and non-finite numbers."""
+    if not 0 <= value < float("inf"):
+        raise InputError(f"`{key}` is {value}; it must be a number of at least 0.")
