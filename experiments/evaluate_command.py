@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     encoded = by_length(map(encoder.encode, data.rows))
     if not args.no_generation:
         longest = max(encoded, key=lambda row: row.prompt_length)
-        require_room(model, model.pad([longest.token_ids[: longest.prompt_length].tolist()]), args.max_new_tokens)
+        require_room(model, model.pad([longest.token_ids[: longest.prompt_length]]), args.max_new_tokens)
     evaluation = evaluate(model.adaptable, model.adapter, encoded, data.tasks)
     answers = {} if args.no_generation else answer_rows(model, encoded, args.max_new_tokens, args.batch_size)
     scores = score_answers(answers, data)
@@ -225,7 +225,7 @@ def answer_rows(model: MopsModel, rows: Sequence[EncodedRow], max_new_tokens: in
         task = bar.add_task("answering", total=len(ordered))
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
-            inputs = model.pad([row.token_ids[: row.prompt_length].tolist() for row in batch])
+            inputs = model.pad([row.token_ids[: row.prompt_length] for row in batch])
             output = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
             texts = model.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             answers |= {row.row_id: text.strip() for row, text in zip(batch, texts, strict=True)}
