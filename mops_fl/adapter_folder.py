@@ -65,7 +65,8 @@ class SavedAdapter:
 
     Attributes:
         description: see there.
-        arrays: everything a forward pass needs beside the backbone: the adapter and the input prompts.
+        arrays: everything a forward pass needs beside the backbone: the adapter, the input prompts, and what rows are
+            routed by where no gate does it.
         card: Markdown for people; empty for none.
     """
 

@@ -124,7 +124,7 @@ class EvaluateRequest:
     Attributes:
         tasks: tasks in the order of the answer.
         adapter: the adapter; empty for the model without prompts.
-        frozen: the input prompts P1 under their wire name; empty likewise.
+        frozen: as in `TrainRequest`; empty likewise.
     """
 
     tasks: tuple[str, ...]
