@@ -47,11 +47,8 @@ class Neighbours:
 
     def scores(self, pooled: Tensor) -> Tensor:
         """Scores `(R, E)` of rows with gate inputs `(R, D)`: one at the expert of the nearest key, by cosine."""
-        return self.experts[self.similarity(pooled).argmax(1)]
-
-    def similarity(self, pooled: Tensor) -> Tensor:
-        """Cosines `(R, S)`."""
-        return F.normalize(pooled.float()) @ self.keys.T
+        cosines = F.normalize(pooled.float()) @ self.keys.T  # (R, S)
+        return self.experts[cosines.argmax(1)]
 
 
 def check_num_experts(config: AdapterConfig, num_tasks: int) -> None:
