@@ -157,7 +157,7 @@ class MopsModel(PreTrainedModel, GenerationMixin):
         """Conversations, the last turn of each yet to be answered, likewise."""
         return self.pad([torch.tensor(prompt_tokens(self.tokenizer, turns)) for turns in conversations])
 
-    def pad(self, rows: Sequence[Tensor]) -> BatchEncoding:
+    def pad(self, rows: list[Tensor]) -> BatchEncoding:
         """Token ids, `(n,)` int64 a row, padded on the left, where the backbone is."""
         pad_left = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
         input_ids = pad_left(rows, padding_value=self.generation_config.pad_token_id)
