@@ -117,10 +117,15 @@ def gate_inputs(
     model: PromptedModel, rows: Sequence[EncodedRow], num_groups: int, spread: Spread = map
 ) -> tuple[Tensor, Tensor]:
     """What the gate sees of the rows' questions `(R, D)`, and each row's own group of experts `(R,)`."""
+    pooled = pooled_questions(model, rows, spread)
+    return pooled, torch.tensor([row.task for row in rows], device=pooled.device) % num_groups
+
+
+def pooled_questions(model: PromptedModel, rows: Sequence[EncodedRow], spread: Spread = map) -> Tensor:
+    """What the gate sees of the rows' questions `(R, D)`, on the model's device."""
     # To the model's cache a question is another row than the one that goes on with its answer.
     questions = [replace(row, row_id=~row.row_id, token_ids=row.token_ids[: row.prompt_length]) for row in rows]
-    pooled = torch.stack(list(spread(lambda row: model.row_states([row])[0].pooled, questions)))
-    return pooled, torch.tensor([row.task for row in rows], device=pooled.device) % num_groups
+    return torch.stack(list(spread(lambda row: model.row_states([row])[0].pooled, questions)))
 
 
 def train_gate(
