@@ -19,7 +19,8 @@ from mops_fl.errors import InputError, RunError
 from mops_fl.payload import ClientInfo, TrainRequest, TrainResult
 
 if TYPE_CHECKING:
-    from clients.trainer import Setting, Trainer
+    from clients.setting import Setting
+    from clients.trainer import Trainer
 
 # Calls that may wait in an actor at once; each is a client whose cohort is being trained.
 _MAX_WAITING_CALLS = 1000

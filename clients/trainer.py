@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 from uuid import uuid4
@@ -24,6 +24,7 @@ from clients.config import ClientConfig
 from clients.lanes import Lanes
 from clients.local_training import ClientRows, Training, train_cohort
 from clients.row_owners import RowOwners
+from clients.setting import Setting, Start
 from mops_fl.adapter import AdapterState
 from mops_fl.backbone import Backbone
 from mops_fl.compressed import backbone_sha256, calibrated_on, require_not_calibrated_on
@@ -32,7 +33,7 @@ from mops_fl.data import Row, TaskData
 from mops_fl.encoding import EncodedRow, RowEncoder
 from mops_fl.errors import InputError
 from mops_fl.evaluation import Evaluation, by_length, evaluate, evaluate_bare
-from mops_fl.methods import require_method
+from mops_fl.methods import METHOD_OF
 from mops_fl.model import AdaptableModel, check_inject_layer, check_window
 from mops_fl.payload import (
     INPUT_PROMPTS,
@@ -45,55 +46,6 @@ from mops_fl.payload import (
 )
 from mops_fl.routing import check_num_experts
 from mops_fl.state_cache import StateCache
-
-
-@dataclass(frozen=True)
-class Start:
-    """What the server starts round 1 from.
-
-    Attributes:
-        adapter: the initial adapter, name -> float32.
-        frozen: what else is sent, under its wire names: the input prompts P1, and what rows are routed by where no
-            gate does it.
-        gate_accuracy: see `mops_fl.pretraining.Pretrained`.
-    """
-
-    adapter: Arrays
-    frozen: Arrays
-    gate_accuracy: float | None
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Facts about data and model that only the trainer knows.
-
-    Attributes:
-        tasks: task names, those held out last.
-        trained_tasks: the first of them, those not held out.
-        data_description: where the rows come from.
-        data_is_sample: whether they are the bundled sample.
-        rows: number of rows per part: train, test, server, truncated (of the first three).
-        manifest: the partition, see `partitioning.manifest`.
-        dtype: of the backbone's hidden states.
-        device: where it runs.
-        hidden_size: the backbone's.
-        num_layers: the backbone's.
-        backbone_sha256: of the frozen weights, see `mops_fl.compressed.backbone_sha256`.
-        data_sha256: of the rows that are on this machine.
-    """
-
-    tasks: tuple[str, ...]
-    trained_tasks: tuple[str, ...]
-    data_description: str
-    data_is_sample: bool
-    rows: Mapping[str, int]
-    manifest: dict[str, Any]
-    dtype: str
-    device: str
-    hidden_size: int
-    num_layers: int
-    backbone_sha256: str
-    data_sha256: str
 
 
 class Trainer:
@@ -115,7 +67,7 @@ class Trainer:
         """
         self._config = ClientConfig.from_run_config(run_config)
         self._owners = RowOwners(self._config, own_data)
-        self._method = require_method(self._config.adapter.method)
+        self._method = METHOD_OF[self._config.adapter.method]
         self._lanes = Lanes.of_this_machine()
         self._name = uuid4().hex
         self._lock = threading.RLock()  # held while anything is loaded, encoded or looked up
@@ -131,7 +83,30 @@ class Trainer:
                 never be used, or a pruned model that has seen the test rows.
         """
         with self._lock:
-            return self._setting()
+            data = self._data
+            require_not_calibrated_on(self._owners.measured_rows, self._backbone_config)
+            check_num_experts(self._config.adapter, len(data.trained_tasks))
+            check_window(self._config.data.max_length, self._config.adapter.num_prompts, self._backbone)
+            train, test, server = (self._encode(part) for part in (data.train, data.test, data.server))
+            return Setting(
+                tasks=data.tasks,
+                trained_tasks=data.trained_tasks,
+                data_description=data.description,
+                data_is_sample=data.is_sample,
+                rows={
+                    "train": len(train),
+                    "test": len(self._test_rows) if self._config.trainer.evaluate_on == "server" else 0,
+                    "server": len(server),
+                    "truncated": sum(row.truncated for row in [*train, *test, *server]),
+                },
+                manifest=self._owners.manifest(),
+                dtype=str(self._backbone.dtype).removeprefix("torch."),
+                device=torch.cuda.get_device_name() if self._backbone.device.type == "cuda" else "cpu",
+                hidden_size=self._backbone.hidden_size,
+                num_layers=self._backbone.num_layers,
+                backbone_sha256=self._backbone_sha256,
+                data_sha256=data.sha256,
+            )
 
     def describe(self, partition_id: int) -> ClientInfo:
         """What a client answers when asked who it is."""
@@ -173,7 +148,7 @@ class Trainer:
             model = self._adaptable_model(request.frozen) if request.adapter else None
         if not rows:
             nothing = (0,) * len(request.tasks)
-            num_gated = self._config.adapter.num_experts if request.adapter and self._method.gated else 0
+            num_gated = self._config.adapter.num_gated if request.adapter else 0
             return EvaluateResult(nothing, nothing, nothing, nothing * num_gated)
         tasks, spread = self._data.tasks, self._lanes.map
         if model is None:
@@ -261,32 +236,6 @@ class Trainer:
             if row.row_id not in self._encoded:
                 self._encoded[row.row_id] = self._encoder.encode(row)
         return [self._encoded[row.row_id] for row in rows]
-
-    def _setting(self) -> Setting:
-        data = self._data
-        require_not_calibrated_on(self._owners.measured_rows, self._backbone_config)
-        check_num_experts(self._config.adapter, len(data.trained_tasks))
-        check_window(self._config.data.max_length, self._config.adapter.num_prompts, self._backbone)
-        train, test, server = (self._encode(part) for part in (data.train, data.test, data.server))
-        return Setting(
-            tasks=data.tasks,
-            trained_tasks=data.trained_tasks,
-            data_description=data.description,
-            data_is_sample=data.is_sample,
-            rows={
-                "train": len(train),
-                "test": len(self._test_rows) if self._config.trainer.evaluate_on == "server" else 0,
-                "server": len(server),
-                "truncated": sum(row.truncated for row in [*train, *test, *server]),
-            },
-            manifest=self._owners.manifest(),
-            dtype=str(self._backbone.dtype).removeprefix("torch."),
-            device=torch.cuda.get_device_name() if self._backbone.device.type == "cuda" else "cpu",
-            hidden_size=self._backbone.hidden_size,
-            num_layers=self._backbone.num_layers,
-            backbone_sha256=self._backbone_sha256,
-            data_sha256=data.sha256,
-        )
 
     def _train_cohort(self, request: TrainRequest) -> dict[int, TrainResult]:
         with self._lock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from experiments.wording import readable, shortened
-from mops_fl.config import require_at_least, require_positive
+from mops_fl.config import require_at_least, require_not_negative, require_positive
 from mops_fl.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,8 +94,7 @@ def read_generation_options(args: argparse.Namespace) -> dict[str, Any]:
     require_positive("repetition-penalty", args.repetition_penalty)
     if args.seed is not None:
         require_seed(args.seed)
-    if not 0 <= args.temperature < math.inf:
-        raise InputError(f"`temperature` is {args.temperature}; it must be a number of at least 0.")
+    require_not_negative("temperature", args.temperature)
     if not 0 < args.top_p <= 1:
         raise InputError(f"`top-p` is {args.top_p}; it must be above 0 and at most 1.")
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}

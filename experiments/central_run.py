@@ -16,7 +16,7 @@ from experiments.config import ExperimentConfig
 from experiments.run import Run
 from mops_fl.config import Scalar
 from mops_fl.errors import InputError, RunError
-from mops_fl.payload import METRICS, encode_result
+from mops_fl.payload import metrics_of
 from partitioning import OWN_ROWS
 from strategies.fedprompt import RoundReport
 
@@ -50,8 +50,9 @@ class CentralRun(Run):
             if not all(np.isfinite(array).all() for array in (np.array(result.loss_sum), *result.adapter.values())):
                 lr = self._config.client.train.lr
                 raise RunError(f"Round {number}: the training is not finite any more; lower `lr`, which is {lr}.")
-            totals = dict(encode_result(result).metric_records[METRICS])
-            self._after_training(RoundReport(number, totals, drift={}, failures=(), bytes_down=0, bytes_up=0))
+            self._after_training(
+                RoundReport(number, metrics_of(result), drift={}, failures=(), bytes_down=0, bytes_up=0)
+            )
             moments = training.optimizer_state()
             self._after_round(
                 result.adapter, checkpoint.frozen, {name: value.numpy() for name, value in moments.items()}

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from experiments.durable import write_durably, writing
 from mops_fl.errors import InputError
+from mops_fl.payload import Arrays
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +70,15 @@ class Checkpoint:
 
     Attributes:
         adapter: the global adapter, name -> float32.
-        frozen: the input prompts.
+        frozen: what else is sent, which never changes: see `clients.setting.Start`.
         progress: what has been done.
         optimizer: the state of an optimiser that lives from round to round; empty in a federation.
     """
 
-    adapter: Mapping[str, NDArray[np.float32]]
-    frozen: Mapping[str, NDArray[np.float32]]
+    adapter: Arrays
+    frozen: Arrays
     progress: Progress
-    optimizer: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    optimizer: Arrays = field(default_factory=dict)
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> None:
@@ -142,5 +142,5 @@ def _checksum(tensors: Mapping[str, Any], progress: str) -> str:
     return digest.hexdigest()
 
 
-def _with_prefix(tensors: Mapping[str, Any], prefix: str) -> dict[str, NDArray[np.float32]]:
+def _with_prefix(tensors: Mapping[str, Any], prefix: str) -> Arrays:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from mops_fl.errors import InputError
+from mops_fl.errors import InputError, RunError
 from mops_fl.evaluation import Evaluation
+from mops_fl.foreign_text import error_text
 from mops_fl.payload import (
     EvaluateRequest,
     EvaluateResult,
     encode_evaluate_request,
 )
 from mops_fl.reply_check import checked_sums
-from strategies.fedprompt import RoundError
-from strategies.replies import error_text
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ def evaluate_on_clients(
         The measurement, and how many clients it is of.
 
     Raises:
-        RoundError: there is no usable answer, or none with rows.
+        RunError: there is no usable answer, or none with rows.
     """
     content = encode_evaluate_request(request)
     questions = [Message(content, message_type=MessageType.EVALUATE, dst_node_id=node_id) for node_id in node_ids]
@@ -57,8 +56,8 @@ def evaluate_on_clients(
         except InputError as error:
             logger.warning("Node %d could not evaluate: %s", node_id, error)
     if not results:
-        raise RoundError(f"None of {len(questions)} clients could evaluate; the warnings above say why.")
+        raise RunError(f"None of {len(questions)} clients could evaluate; the warnings above say why.")
     if not any(sum(result.num_tokens) for result in results.values()):
-        raise RoundError("No client keeps rows back to measure on; give each two of a task at least.")
+        raise RunError("No client keeps rows back to measure on; give each two of a task at least.")
     # In one order, since a sum of floats depends on it.
     return Evaluation.of_sums(request.tasks, [results[node_id] for node_id in sorted(results)]), len(results)

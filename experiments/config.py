@@ -11,11 +11,12 @@ from mops_fl.config import (
     read_section,
     require_at_least,
     require_choice,
+    require_not_negative,
     require_positive,
     section_keys,
+    to_key,
 )
 from mops_fl.errors import InputError
-from mops_fl.methods import require_method
 from strategies.aggregation import AggregationConfig, check_cohort_size
 from strategies.fedprompt import WEIGHTINGS
 from strategies.privacy import NoiseConfig
@@ -49,11 +50,10 @@ class FederationConfig:
 
     def __post_init__(self) -> None:
         require_choice("weighting", self.weighting, WEIGHTINGS)
-        if not 0 <= self.server_weight < float("inf"):
-            raise InputError(f"`server-weight` is {self.server_weight}; it must be a number of at least 0.")
+        require_not_negative("server-weight", self.server_weight)
         require_positive("round-timeout", self.round_timeout)
         for name in ("clients_per_round", "num_server_rounds", "cohort_size", "evaluate_every"):
-            require_at_least(name.replace("_", "-"), getattr(self, name), 1)
+            require_at_least(to_key(name), getattr(self, name), 1)
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,11 @@ class ExperimentConfig:
             read_section(AggregationConfig, run_config),
             read_section(NoiseConfig, run_config),
         )
-        method = config.client.adapter.method
-        if not require_method(method).gated and config.federation.weighting == "gate-mass":
-            raise InputError(f"`weighting` is 'gate-mass', but {method} has no gate; choose uniform or num-examples.")
+        adapter = config.client.adapter
+        if not adapter.gated and config.federation.weighting == "gate-mass":
+            raise InputError(
+                f"`weighting` is 'gate-mass', but {adapter.method} has no gate; choose uniform or num-examples."
+            )
         num_clients, per_round = config.client.partition.num_clients, config.federation.clients_per_round
         if per_round > num_clients:
             raise InputError(

@@ -7,7 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from clients.trainer import Setting
+from clients.setting import Setting
 from experiments.run_folder import ALL_TASKS
 from strategies.fedprompt import Failure, RoundReport
 

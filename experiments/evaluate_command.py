@@ -19,7 +19,7 @@ from experiments.durable import writing
 from experiments.measured_rows import EvaluatedRows, read_rows, run_rows
 from experiments.run_folder import ALL_TASKS, CONFIG, only_finite
 from experiments.wording import NOTHING, perplexity_text, readable
-from mops_fl.config import DataConfig, require_at_least
+from mops_fl.config import DataConfig, require_at_least, to_key
 from mops_fl.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         InputError: If an option is out of range, adapter, backbone or data are missing, or the file cannot be written.
     """
     for name in ("rows", "max_new_tokens", "batch_size"):
-        require_at_least(name.replace("_", "-"), getattr(args, name), 0 if name == "rows" else 1)
+        require_at_least(to_key(name), getattr(args, name), 0 if name == "rows" else 1)
     if not args.data and not (Path(args.adapter).expanduser() / CONFIG).is_file():
         raise InputError("Only a run's folder knows its test rows; give rows with --data.")
     given = read_rows(args.data, args.tasks, args.rows) if args.data else None
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     encoded = by_length(map(encoder.encode, data.rows))
     if not args.no_generation:
         longest = max(encoded, key=lambda row: row.prompt_length)
-        require_room(model, model.pad([longest.token_ids[: longest.prompt_length].tolist()]), args.max_new_tokens)
+        require_room(model, model.pad([longest.token_ids[: longest.prompt_length]]), args.max_new_tokens)
     evaluation = evaluate(model.adaptable, model.adapter, encoded, data.tasks)
     answers = {} if args.no_generation else answer_rows(model, encoded, args.max_new_tokens, args.batch_size)
     scores = score_answers(answers, data)
@@ -134,7 +134,7 @@ def answer_rows(model: MopsModel, rows: Sequence[EncodedRow], max_new_tokens: in
         task = bar.add_task("answering", total=len(ordered))
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
-            inputs = model.pad([row.token_ids[: row.prompt_length].tolist() for row in batch])
+            inputs = model.pad([row.token_ids[: row.prompt_length] for row in batch])
             output = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
             texts = model.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             answers |= {row.row_id: text.strip() for row, text in zip(batch, texts, strict=True)}

@@ -9,7 +9,7 @@ from typing import Any
 from experiments.measurements import perplexity_rows
 from experiments.run_folder import ALL_TASKS, RunFolder
 from experiments.wording import count_text, perplexity_text
-from mops_fl.config import GATED, OWN_EMBEDDING
+from mops_fl.config import OWN_EMBEDDING, PROMPTED
 
 # Config keys that choose the weights and the rows, where not every run has recorded the hash of what they came to.
 WEIGHTS = ("backbone", "compression")
@@ -66,7 +66,7 @@ def _differing_terms(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(methods) < 2:
         return []
     differing = []
-    prompted = [_with_prompts(config) for config in configs if config.get("method") in GATED]
+    prompted = [_with_prompts(config) for config in configs if config.get("method") in PROMPTED]
     for key in ("prompts", *PROMPTS):
         known = [config for config in prompted if key in config]
         if len({config["method"] for config in known}) > 1:
@@ -74,7 +74,7 @@ def _differing_terms(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     seeds = [{config.get("seed") for config in configs if config.get("method") == method} for method in methods]
     if any(first.isdisjoint(second) for first, second in combinations(seeds, 2)):
         differing.append(f"seeds ({' / '.join(', '.join(sorted(map(str, of))) for of in seeds)})")
-    if any(GATED.get(str(config.get("method"))) and config.get("pooling") == "all" for config in configs):
+    if any(config.get("method") == "mops" and config.get("pooling") == "all" for config in configs):
         differing.append("pooling (all lets the answer's tokens into the gate)")
     return differing
 

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
-from clients.trainer import Setting, Trainer
+from clients.setting import Setting
+from clients.trainer import Trainer
 from experiments.checkpoint import Checkpoint
 from experiments.client_evaluation import evaluate_on_clients
 from experiments.config import ExperimentConfig
@@ -15,7 +16,6 @@ from experiments.nodes import RollCall
 from experiments.run import Run
 from mops_fl.config import Scalar
 from mops_fl.evaluation import Evaluation
-from mops_fl.methods import METHODS
 from mops_fl.payload import Arrays, EvaluateRequest, TrainResult, from_record, to_record
 from mops_fl.reply_check import ReplyLimits
 from strategies.aggregation import Aggregate, build_aggregate, needed_replies
@@ -54,7 +54,8 @@ class FederatedRun(Run):
     def _evaluate(self, adapter: Arrays, frozen: Arrays) -> Evaluation:
         if self._config.client.trainer.evaluate_on == "server":
             return super()._evaluate(adapter, frozen)
-        evaluation, missing = self._ask_clients(EvaluateRequest(self._setting.tasks, adapter, frozen), self._num_gated)
+        request = EvaluateRequest(self._setting.tasks, adapter, frozen)
+        evaluation, missing = self._ask_clients(request, self._config.client.adapter.num_gated)
         self._log("test", "missing-clients", missing)
         return evaluation
 
@@ -62,12 +63,6 @@ class FederatedRun(Run):
         if self._config.client.trainer.evaluate_on == "server":
             return super()._evaluate_bare()
         return self._ask_clients(EvaluateRequest(self._setting.tasks, {}, {}), num_experts=0)[0]
-
-    @property
-    def _num_gated(self) -> int:
-        """Experts that something weighs for each row; 0 without a gate."""
-        config = self._config.client.adapter
-        return config.num_experts if METHODS[config.method].gated else 0
 
     def _ask_clients(self, request: EvaluateRequest, num_experts: int) -> tuple[Evaluation, int]:
         """What the connected clients measure, and how many are missing from it."""
@@ -100,7 +95,7 @@ class FederatedRun(Run):
             frozen=to_record(checkpoint.frozen),
             rounds_done=rounds_done,
             on_round=self._after_training,
-            num_experts=self._num_gated,
+            num_experts=self._config.client.adapter.num_gated,
             connected=self._roll_call,
             server=server if federation.server_weight else None,
             server_weight=federation.server_weight,

@@ -120,11 +120,10 @@ def _grow(folder: RunFolder, data: TaskData, task: str, args: argparse.Namespace
     from mops_fl.adapter_folder import SavedAdapter
     from mops_fl.encoding import RowEncoder
     from mops_fl.evaluation import by_length, evaluate
-    from mops_fl.growth import add_expert, fit_gate_row, train_last_expert
+    from mops_fl.growth import grow
     from mops_fl.model import PromptedModel
     from mops_fl.mops_model import MopsModel
     from mops_fl.payload import INPUT_PROMPTS
-    from mops_fl.pretraining import gate_inputs
     from mops_fl.state_cache import StateCache
 
     before = MopsModel.from_pretrained(folder.path)
@@ -134,6 +133,7 @@ def _grow(folder: RunFolder, data: TaskData, task: str, args: argparse.Namespace
     labelled = [row for row in data.held_out if row.task == task]
     order = torch.randperm(len(labelled), generator=generator)[: args.rows].tolist()
     few = [encode(labelled[index]) for index in order]
+    server = [encode(row) for row in data.server]
     test = by_length(map(encode, data.evaluation_rows(int(folder.config["eval-rows"]))))
 
     state = before.adapter.states()[0]
@@ -143,16 +143,10 @@ def _grow(folder: RunFolder, data: TaskData, task: str, args: argparse.Namespace
     grown_config = replace(config, num_experts=config.num_experts + 1)
     model, grown_model = (PromptedModel(before.backbone, of, input_prompts, cache) for of in (config, grown_config))
     old = evaluate(model, model.adapter([state]), test, data.tasks)
-
-    new_pooled, _ = gate_inputs(model, few, config.num_experts)
-    old_pooled, _ = gate_inputs(model, [encode(row) for row in data.server], config.num_experts)
-    pooled = torch.cat([new_pooled, old_pooled]).cpu()
-    grown = add_expert(state, new_pooled.cpu(), config.prompts_per_expert, config.gate_temperature)
-    is_new = torch.arange(len(pooled)) < len(few)
-    grown = fit_gate_row(grown, pooled, is_new, config.gate_temperature, num_old_tasks=len(data.trained_tasks))
-    grown = train_last_expert(
-        grown_model, grown, few, config.prompts_per_expert, num_steps=args.steps, lr=args.lr, generator=generator
-    )
+    grown = grow(
+        model, grown_model, state, few, server, config,
+        num_old_tasks=len(data.trained_tasks), num_steps=args.steps, lr=args.lr, generator=generator,
+    )  # fmt: skip
     new = evaluate(grown_model, grown_model.adapter([grown]), test, data.tasks)
 
     experts = (*(description.experts or ((),) * config.num_experts), (task,))

@@ -13,6 +13,7 @@ from experiments.report import TEMPLATES
 from experiments.run_folder import RunFolder
 from experiments.wording import backbone_name, method_name, percent_text, perplexity_text, readable
 from mops_fl.adapter_folder import AdapterDescription
+from mops_fl.config import PROMPTED
 
 
 def model_card(run: RunFolder, description: AdapterDescription) -> str:
@@ -59,7 +60,7 @@ def _facts(run: RunFolder, description: AdapterDescription) -> list[tuple[str, A
         ("learnt from", learnt_from),
         ("seed", summary["seed"]),
     ]
-    if adapter.method in ("mops", "fedprompt"):
+    if adapter.method in PROMPTED:
         facts += [
             (
                 "prompts",
@@ -67,7 +68,7 @@ def _facts(run: RunFolder, description: AdapterDescription) -> list[tuple[str, A
             ),
             ("started as", adapter.prompt_init),
         ]
-    if adapter.method == "mops":
+    if adapter.gated:
         facts += [("gating", adapter.gating), ("gate's input", f"mean over {adapter.pooling}")]
     if adapter.method == "lora":
         facts += [("rank, alpha", f"{adapter.lora_rank}, {adapter.lora_alpha:g}")]

@@ -10,10 +10,10 @@ from typing import Any
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from clients.trainer import Setting
+from clients.setting import Setting
 from mops_fl.errors import InputError
-from mops_fl.payload import NOT_NUMBERED, ClientInfo, decode_info, shortened
-from strategies.replies import error_text
+from mops_fl.foreign_text import error_text, one_line
+from mops_fl.payload import NOT_NUMBERED, ClientInfo, decode_info
 from strategies.sampling import ClientSampler
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def with_own_rows(setting: Setting, clients: Mapping[int, ClientInfo]) -> Settin
         own_rows = info.own_rows or {}
         if unknown := sorted(set(own_rows) - set(setting.tasks)):
             raise InputError(
-                f"Node {node_id} has rows of the task {shortened(repr(unknown[0]))}, which is none of the server's "
+                f"Node {node_id} has rows of the task {one_line(repr(unknown[0]))}, which is none of the server's "
                 f"({', '.join(setting.tasks)}); name the tasks of the federation in `tasks`."
             )
         per_task = {task: own_rows.get(task, 0) for task in setting.tasks}

@@ -13,7 +13,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from mops_fl.payload import shortened
+from mops_fl.foreign_text import one_line
 
 # A message lives so much longer than its round: the machines' clocks may differ, and a reply may still be on its way.
 _LIFE_AFTER_ROUND_SECONDS = 3600.0
@@ -94,7 +94,7 @@ class ReplyGuard(Grid):
                 return Message(reply.content, reply_to=asked)
         except Exception as error:  # the reply's bytes may make anything fail
             self._grid.get_node_ids()  # fails too where it is the connection that is broken
-            return _failed(asked, f"refused: its reply cannot be read ({type(error).__name__}: {shortened(error)})")
+            return _failed(asked, f"refused: its reply cannot be read ({type(error).__name__}: {one_line(error)})")
         return None
 
 

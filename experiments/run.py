@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from clients.trainer import Setting, Trainer
+from clients.setting import Setting
+from clients.trainer import Trainer
 from experiments.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from experiments.config import ExperimentConfig
 from experiments.display import Display
@@ -19,7 +20,6 @@ from mops_fl.adapter_folder import RUN_ADAPTER, AdapterDescription, SavedAdapter
 from mops_fl.config import Scalar
 from mops_fl.errors import RunError
 from mops_fl.evaluation import Evaluation
-from mops_fl.methods import METHODS
 from mops_fl.payload import Arrays
 from strategies.fedprompt import RoundReport
 
@@ -280,7 +280,7 @@ class Run(ABC):
         """The tasks each expert was pretrained for; empty where no gate was."""
         adapter = self._config.client.adapter
         learnt = adapter.routing == "nearest" or self._config.client.pretrain.gate_epochs
-        if not (METHODS[adapter.method].gated and learnt and self._setting.rows["server"]):
+        if not (adapter.gated and learnt and self._setting.rows["server"]):
             return ()
         tasks, num_experts = self._setting.trained_tasks, adapter.num_experts
         return tuple(tasks[expert % len(tasks) :: num_experts] for expert in range(num_experts))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clients.trainer import Setting
+from clients.setting import Setting
 from experiments.run_folder import RunFolder
 from mops_fl.config import Scalar
 from mops_fl.errors import InputError

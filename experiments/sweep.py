@@ -32,9 +32,12 @@ from mops_fl.data import load_task_data
 from mops_fl.errors import InputError, RunError
 
 TRAINING = ("federated", "central")
-# What a run may be found as; the other states are told apart only by `Planned.status`.
+# What a run may be found as.
 COMPLETE = "complete"
 ELSEWHERE = "running elsewhere"
+INTERRUPTED = "interrupted"
+BROKEN = "broken"
+WAITING = "waiting"
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Planned:
         """
         found = self.find()
         if found is None:
-            return "waiting"
+            return WAITING
         if _is_complete(found):
             return COMPLETE
         try:
@@ -117,7 +120,7 @@ class Planned:
             return ELSEWHERE
         except RunError as error:
             raise InputError(str(error)) from error
-        return "interrupted" if any((self.folder / CHECKPOINTS).glob("*")) else "broken"
+        return INTERRUPTED if any((self.folder / CHECKPOINTS).glob("*")) else BROKEN
 
     def set_aside(self) -> None:
         """Rename the folder of a broken run, so that it can be run anew.

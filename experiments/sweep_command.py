@@ -22,7 +22,7 @@ from experiments.durable import writing
 from experiments.runtimes import Backend, run_inline
 from experiments.signals import SIGNALLED, exit_code
 from experiments.simulation import run_app
-from experiments.sweep import COMPLETE, ELSEWHERE, Planned, Sweep, read_sweep
+from experiments.sweep import BROKEN, COMPLETE, ELSEWHERE, INTERRUPTED, Planned, Sweep, read_sweep
 from experiments.sweep_cost import final_perplexity
 from experiments.sweep_table import DIVERGED, write_sweep_report
 from experiments.wording import perplexity_text
@@ -90,14 +90,14 @@ def _ended(one: Planned, code: int) -> str:
     if code == 0:
         return COMPLETE
     if code >= SIGNALLED:
-        return "interrupted"
+        return INTERRUPTED
     return ELSEWHERE if one.status() == ELSEWHERE else f"failed, see {_log(one)}"
 
 
 def _run_one(sweep: Sweep, one: Planned, state: str) -> int:
     """Run it, its output in a file beside its folder; returns its exit code."""
     with _open_log(one) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        if state == "interrupted":
+        if state == INTERRUPTED:
             options: dict[str, object] = {"run_config": [], "resume": one.folder}
         else:
             if code := _prepare(one, state):
@@ -111,7 +111,7 @@ def _run_one(sweep: Sweep, one: Planned, state: str) -> int:
 def _prepare(one: Planned, state: str) -> int:
     """Make room for a run and prune its model where that is missing; returns the run's exit code, 0 to go on."""
     try:
-        if state == "broken":
+        if state == BROKEN:
             one.set_aside()
         prune_if_missing(one.values, print)
     except InputError as error:

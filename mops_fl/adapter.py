@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mops_fl.config import GATED, AdapterConfig
+from mops_fl.config import AdapterConfig
 
 AdapterState = dict[str, Tensor]
 
@@ -100,7 +100,7 @@ def initial_state(
     `gate_input_size` is for a gate that looks at something else than hidden states `(D,)`.
     """
     state = {"prompts": prompts.float().clone()}
-    if GATED[config.method] and config.routing == "gate":
+    if config.gated and config.routing == "gate":
         input_size, width, experts = gate_input_size or prompts.shape[1], config.gate_width, config.num_experts
         state["gate.w1"] = torch.randn(width, input_size, generator=generator) / math.sqrt(input_size)
         state["gate.b1"] = torch.zeros(width)

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from mops_fl.config import GATED, AdapterConfig, BackboneConfig, DataConfig, read_section, to_key
+from mops_fl.config import AdapterConfig, BackboneConfig, DataConfig, read_section, to_key
 from mops_fl.encoding import TEMPLATE
 from mops_fl.errors import InputError
+from mops_fl.payload import Arrays
+from mops_fl.sources import file_sha256
 
 FORMAT_VERSION = 2
 TENSORS, CONFIG, CARD = "adapter.safetensors", "adapter_config.json", "README.md"
 RUN_ADAPTER = "adapter"  # where a run's folder holds its adapter
-
-Arrays = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class AdapterDescription:
     @property
     def expert_names(self) -> tuple[str, ...]:
         """A name for each expert: the tasks it was pretrained for, or its number, or both; empty without a gate."""
-        if not GATED.get(self.adapter.method):
+        if not self.adapter.gated:
             return ()
         names = [", ".join(tasks) for tasks in self.experts or [()] * self.adapter.num_experts]
         return tuple(
@@ -66,7 +65,8 @@ class SavedAdapter:
 
     Attributes:
         description: see there.
-        arrays: everything a forward pass needs beside the backbone: the adapter and the input prompts.
+        arrays: everything a forward pass needs beside the backbone: the adapter, the input prompts, and what rows are
+            routed by where no gate does it.
         card: Markdown for people; empty for none.
     """
 
@@ -84,7 +84,7 @@ def save_adapter(folder: Path, adapter: SavedAdapter) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(array) for name, array in adapter.arrays.items()}
     (folder / TENSORS).write_bytes(save(tensors))  # safetensors' own writing would hide why the disk refuses
-    config = _to_json(adapter.description) | {"sha256": {TENSORS: _file_sha256(folder / TENSORS)}}
+    config = _to_json(adapter.description) | {"sha256": {TENSORS: file_sha256(folder / TENSORS)}}
     (folder / CONFIG).write_text(json.dumps(config | {"checksum": _checksum(config)}, indent=2) + "\n", "utf-8")
     (folder / CARD).write_text(adapter.card, encoding="utf-8")
 
@@ -107,7 +107,7 @@ def load_adapter(folder: Path) -> SavedAdapter:
     checksum = config.pop("checksum", None)
     if checksum != _checksum(config):
         raise InputError(f"{folder / CONFIG} was edited (its checksum is another); copy the adapter again.")
-    if config["sha256"] != {TENSORS: _file_sha256(folder / TENSORS)}:
+    if config["sha256"] != {TENSORS: file_sha256(folder / TENSORS)}:
         raise InputError(f"{folder / TENSORS} is not the file that {CONFIG} describes; copy the adapter again.")
     if config["template"] != list(TEMPLATE):
         raise InputError(f"{folder} was trained with another template; use the software that wrote it.")
@@ -166,8 +166,3 @@ def _table(section: Any) -> dict[str, Any]:  # noqa: ANN401
 
 def _checksum(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,8 +9,7 @@ be copied to another machine: into the same place, or anywhere, named in `backbo
 
 import contextlib
 import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from mops_fl.config import OWN_EMBEDDING, BackboneConfig
 from mops_fl.data import Row, TaskData
 from mops_fl.errors import InputError
 from mops_fl.recipe import PruningRecipe
-from mops_fl.sources import RECEIPT, cache_dir, cached_model_path, read_receipt, resolve_backbone
+from mops_fl.sources import RECEIPT, cache_dir, cached_model_path, file_sha256, read_receipt, resolve_backbone
 
 COMPRESSION_RECEIPT = "mops-compression.json"
 
@@ -50,7 +49,7 @@ def resolve_model(config: BackboneConfig) -> Path:
         raise InputError(f"{config.backbone} is pruned by {own['recipe']}; set `compression` to that.")
     if config.compression == "none":
         return resolve_backbone(config.backbone)
-    found = _find_pruned(config.backbone, config.compression)
+    found = _find_pruned(config)
     recipe = PruningRecipe.parse(config.compression)
     if not found:
         raise NotPrunedError(
@@ -58,9 +57,9 @@ def resolve_model(config: BackboneConfig) -> Path:
             f"run `mops-fl compress --backbone {config.backbone} --recipe {recipe}`."
         )
     if len(found) > 1:
-        keys = ", ".join(f"{recipe}@{receipt['key']}" for receipt in found.values())
         raise SeveralPrunedError(
-            f"{config.backbone} was pruned by {recipe} more than once; set `compression` to one of: {keys}."
+            f"{config.backbone} was pruned by {recipe} more than once; set `compression` to one of: "
+            f"{_names(recipe, found)}."
         )
     return next(iter(found))
 
@@ -73,7 +72,7 @@ def calibrated_on(data: TaskData, config: BackboneConfig) -> BackboneConfig:
     Raises:
         NotPrunedError: there are models of the recipe, but all were calibrated on other rows.
     """
-    found = {} if config.compression == "none" else _find_pruned(config.backbone, config.compression)
+    found = _find_pruned(config)
     if (
         not found
         or not data.server
@@ -85,18 +84,17 @@ def calibrated_on(data: TaskData, config: BackboneConfig) -> BackboneConfig:
     own = [receipt["key"] for receipt in found.values() if servers.issuperset(_calibration_rows(receipt))]
     if not own:
         recipe = PruningRecipe.parse(config.compression)
-        keys = ", ".join(f"{recipe}@{receipt['key']}" for receipt in found.values())
         raise NotPrunedError(
             f"{config.backbone} was pruned by {recipe} on other rows than those of this run's server: run `mops-fl "
             f"compress --backbone {config.backbone} --recipe {recipe}` with this run's data, or set `compression` to "
-            f"what is there: {keys}."
+            f"what is there: {_names(recipe, found)}."
         )
     return _by_key(config, own[0]) if len(own) == 1 else config
 
 
 def prefer_with_weights(sha256: str, config: BackboneConfig) -> BackboneConfig:
     """The config, naming by its key the one model among several of its recipe with this `backbone_sha256`."""
-    found = {} if config.compression == "none" else _find_pruned(config.backbone, config.compression)
+    found = _find_pruned(config)
     if len(found) < 2:
         return config
     named = [_by_key(config, receipt["key"]) for receipt in found.values()]
@@ -139,8 +137,7 @@ def fingerprint(folder: Path) -> str:
         raise _without_weights(folder)
     digest = hashlib.sha256()
     for path in (folder / "config.json", *weights):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()
 
 
@@ -181,11 +178,7 @@ def _without_weights(folder: Path) -> InputError:
 
 def read_compression_receipt(folder: Path) -> dict[str, Any]:
     """What `mops-fl compress` wrote beside the weights; empty if the folder is none of its."""
-    path = folder / COMPRESSION_RECEIPT
-    if not path.is_file():
-        return {}
-    receipt: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return receipt
+    return read_receipt(folder / COMPRESSION_RECEIPT)
 
 
 def _calibration_rows(receipt: dict[str, Any]) -> set[str]:
@@ -197,14 +190,21 @@ def _by_key(config: BackboneConfig, key: str) -> BackboneConfig:
     return replace(config, compression=f"{PruningRecipe.parse(config.compression)}@{key}")
 
 
-def _find_pruned(backbone: str, compression: str) -> dict[Path, dict[str, Any]]:
-    """The folders in the cache that hold the backbone pruned in this way, with their receipts."""
+def _names(recipe: PruningRecipe, found: Mapping[Path, Mapping[str, Any]]) -> str:
+    """What `compression` may be set to for each one of what was found."""
+    return ", ".join(f"{recipe}@{receipt['key']}" for receipt in found.values())
+
+
+def _find_pruned(config: BackboneConfig) -> dict[Path, dict[str, Any]]:
+    """The folders in the cache that hold the backbone pruned as configured, with their receipts."""
+    if config.compression == "none":
+        return {}
     return {
         folder: receipt
         for folder in sorted((cache_dir() / "compressed").glob("*"))
         if (receipt := read_compression_receipt(folder))
-        and _is_made_by(receipt, compression)
-        and _is_made_from(receipt, backbone)
+        and _is_made_by(receipt, config.compression)
+        and _is_made_from(receipt, config.backbone)
     }
 
 

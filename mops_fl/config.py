@@ -13,8 +13,9 @@ from mops_fl.errors import InputError
 from mops_fl.recipe import PruningRecipe
 
 DATASETS = ("dolly", "super-ni")
-# Methods of prompts -> is there a gate? FedPrompt and central prompt tuning are the same prompts without one.
-GATED = {"mops": True, "fedprompt": False}
+# FedPrompt and central prompt tuning are MoPs' prompts without its gate.
+PROMPTED = ("mops", "fedprompt")
+METHODS = (*PROMPTED, "lora", "ia3")
 # The value of `gate-embedding` that names no other model.
 OWN_EMBEDDING = "backbone"
 
@@ -95,7 +96,7 @@ class AdapterConfig:
     """What is trained: `num_experts` groups of soft prompts and the gate that weighs them, or a baseline's arrays.
 
     Attributes:
-        method: name in `mops_fl.methods.METHODS`.
+        method: one of `METHODS`; `mops_fl.methods` says what each is made of.
         inject_layer: layer `m` whose input gets the trained prompts (paper: 10 of 32).
         num_experts: `E` (paper: 7, one per task).
         prompts_per_expert: `P` (paper: 10).
@@ -126,6 +127,7 @@ class AdapterConfig:
     lora_alpha: float
 
     def __post_init__(self) -> None:
+        require_choice("method", self.method, METHODS)
         require_choice("gating", self.gating, ("attention", "embedding"))
         require_choice("pooling", self.pooling, ("question", "all"))
         require_choice("prompt-init", self.prompt_init, ("random", "vocabulary", "transformed"))
@@ -142,6 +144,16 @@ class AdapterConfig:
             )
         require_at_least("lora-rank", self.lora_rank, 1)
         require_positive("lora-alpha", self.lora_alpha)
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts are weighed for each row, by a trained gate or by the row's neighbours."""
+        return self.method == "mops"
+
+    @property
+    def num_gated(self) -> int:
+        """Experts that are weighed for each row; 0 without a gate."""
+        return self.num_experts if self.gated else 0
 
     @property
     def num_prompts(self) -> int:
@@ -194,8 +206,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_positive("lr", self.lr)
-        if not 0 <= self.gate_lr_factor < float("inf"):
-            raise InputError(f"`gate-lr-factor` is {self.gate_lr_factor}; it must be a number of at least 0.")
+        require_not_negative("gate-lr-factor", self.gate_lr_factor)
         require_at_least("batch-size", self.batch_size, 1)
         require_at_least("local-steps", self.local_steps, 1)
         require_at_least("local-epochs", self.local_epochs, 0)
@@ -253,3 +264,9 @@ def require_positive(key: str, value: float) -> None:
     """Refuse zero, negative and non-finite numbers."""
     if not 0 < value < float("inf"):
         raise InputError(f"`{key}` is {value}; it must be a positive number.")
+
+
+def require_not_negative(key: str, value: float) -> None:
+    """Refuse negative and non-finite numbers."""
+    if not 0 <= value < float("inf"):
+        raise InputError(f"`{key}` is {value}; it must be a number of at least 0.")

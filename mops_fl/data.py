@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of an experiment; no row is in two of the three parts.
+    """The rows of an experiment; no row is in two of the four parts.
 
     Attributes:
         tasks: task names, those held out last; a row's label is its task's index here.
@@ -214,8 +214,7 @@ def draw_parts(
     Raises:
         InputError: a task has too few rows to be trained on and tested, or the server's are fewer than the tasks.
     """
-    rng = np.random.default_rng(config.data_seed)
-    by_task = {task: [row for row in rows if row.task == task] for task in tasks}
+    by_task = shuffled_by_task(rows, tasks, config.data_seed)
     fit = min(1.0, len(rows) / (config.num_rows + config.server_rows))
     used = apportion(int(fit * config.num_rows), [len(members) for members in by_task.values()])
     tested = apportion(round(config.test_fraction * sum(used)), used)
@@ -229,16 +228,22 @@ def draw_parts(
     test: list[Row] = []
     server: list[Row] = []
     for (task, members), num_used, num_test in zip(by_task.items(), used, tested, strict=True):
-        shuffled = [members[i] for i in rng.permutation(len(members))]
         if num_test == 0 or num_test == num_used:
             raise InputError(
                 f"Task {task!r} has {len(members)} rows, too few to train and test on with num-rows = "
                 f"{config.num_rows}; give more data or raise num-rows."
             )
-        test += shuffled[:num_test]
-        train += shuffled[num_test:num_used]
-        server += shuffled[num_used : num_used + server_quota]
+        test += members[:num_test]
+        train += members[num_test:num_used]
+        server += members[num_used : num_used + server_quota]
     return tuple(train), tuple(test), tuple(server)
+
+
+def shuffled_by_task(rows: Sequence[Row], tasks: Iterable[str], seed: int) -> dict[str, list[Row]]:
+    """The rows of each task in an order that depends on the seed, and on how many rows the tasks before it have."""
+    rng = np.random.default_rng(seed)
+    by_task = {task: [row for row in rows if row.task == task] for task in tasks}
+    return {task: [members[i] for i in rng.permutation(len(members))] for task, members in by_task.items()}
 
 
 def apportion(total: int, sizes: Sequence[int]) -> list[int]:

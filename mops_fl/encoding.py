@@ -70,7 +70,8 @@ class RowEncoder:
         self._config = config
         self._tasks = tasks
         self._opening = opening_tokens(tokenizer)
-        template = len(self._opening) + len(self._tokens(INSTRUCTION)) + len(self._tokens(RESPONSE))
+        self._before, self._after = self._tokens(INSTRUCTION), self._tokens(RESPONSE)
+        template = len(self._opening) + len(self._before) + len(self._after)
         if config.max_length < template + 2:
             raise InputError(
                 f"`max-length` is {config.max_length}, too short for the template; set at least {template + 2}."
@@ -78,19 +79,18 @@ class RowEncoder:
 
     def encode(self, row: Row) -> EncodedRow:
         """The row's tokens."""
-        before, after = self._tokens(INSTRUCTION), self._tokens(RESPONSE)
         instruction = self._tokens(row.instruction)
         context = self._tokens(CONTEXT + row.context) if row.context else []
         response = [*self._tokens(row.response), self._tokenizer.eos_token_id]
         full_length = len(instruction) + len(context) + len(response)
 
-        room = self._config.max_length - len(self._opening) - len(before) - len(after)
+        room = self._config.max_length - len(self._opening) - len(self._before) - len(self._after)
         reserved = min(len(response), room // 2)
         instruction = instruction[: room - reserved]
         context = context[: room - reserved - len(instruction)]
         response = response[: room - len(instruction) - len(context)]
 
-        prompt = [*self._opening, *before, *instruction, *context, *after]
+        prompt = [*self._opening, *self._before, *instruction, *context, *self._after]
         return EncodedRow(
             row_id=row.row_id,
             token_ids=torch.tensor(prompt + response),

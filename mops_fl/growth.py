@@ -15,11 +15,49 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mops_fl.adapter import AdapterState, Gate
+from mops_fl.config import AdapterConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.model import PromptedModel
+from mops_fl.pretraining import pooled_questions
 
 # On the gate's new weights: few rows can nearly always be told apart, and the weights would grow for ever.
 WEIGHT_PENALTY = 1e-3
+
+
+def grow(
+    model: PromptedModel,
+    grown_model: PromptedModel,
+    state: AdapterState,
+    few: Sequence[EncodedRow],
+    old: Sequence[EncodedRow],
+    config: AdapterConfig,
+    *,
+    num_old_tasks: int,
+    num_steps: int,
+    lr: float,
+    generator: torch.Generator,
+) -> AdapterState:
+    """The adapter with one more expert, grown in the three steps.
+
+    Args:
+        model: the frozen model as it was, with `E` experts.
+        grown_model: the same one with `E + 1`.
+        state: a gated adapter of `model`.
+        few: labelled rows of the new task.
+        old: rows of the old tasks; only their questions are read.
+        config: of `state`.
+        num_old_tasks: tasks that `old` are of.
+        num_steps: steps on the new expert's prompts.
+        lr: their Adam learning rate.
+        generator: draws the row of each step.
+    """
+    pooled_few, pooled_old = (pooled_questions(model, rows).cpu() for rows in (few, old))
+    of_each, temperature = config.prompts_per_expert, config.gate_temperature
+    grown = add_expert(state, pooled_few, of_each, temperature)
+    is_new = torch.arange(len(few) + len(old)) < len(few)
+    pooled = torch.cat([pooled_few, pooled_old])
+    grown = fit_gate_row(grown, pooled, is_new, temperature, num_old_tasks=num_old_tasks)
+    return train_last_expert(grown_model, grown, few, of_each, num_steps=num_steps, lr=lr, generator=generator)
 
 
 def add_expert(state: AdapterState, pooled: Tensor, prompts_per_expert: int, temperature: float) -> AdapterState:

@@ -1,4 +1,4 @@
-"""The methods by name: what a run-config's `method` may say, and what each is made of."""
+"""What each of `mops_fl.config.METHODS` is made of."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,16 +7,15 @@ import torch
 from torch import Tensor
 
 from mops_fl.backbone import Backbone
-from mops_fl.config import GATED, AdapterConfig, PretrainConfig
+from mops_fl.config import PROMPTED, AdapterConfig, PretrainConfig
 from mops_fl.encoding import EncodedRow
-from mops_fl.errors import InputError
 from mops_fl.evaluation import Spread
 from mops_fl.model import AdaptableModel, PromptedModel
 from mops_fl.payload import INPUT_PROMPTS
 from mops_fl.pretraining import Pretrained, pretrain
 from mops_fl.routing import EXPERTS, KEYS, Neighbours
 from mops_fl.state_cache import StateCache
-from mops_fl.weights import AdaptedModel, initial_weights
+from mops_fl.weights import RULES, AdaptedModel, initial_weights
 
 
 @dataclass(frozen=True)
@@ -24,12 +23,10 @@ class Method:
     """One method.
 
     Attributes:
-        gated: whether it has a gate.
         model: (backbone, config, what the server froze, cache) -> the model that is trained.
         start: what round 1 starts from; arguments as `mops_fl.pretraining.pretrain`.
     """
 
-    gated: bool
     model: Callable[[Backbone, AdapterConfig, Mapping[str, Tensor], StateCache], AdaptableModel]
     start: Callable[
         [Backbone, Sequence[EncodedRow], int, AdapterConfig, PretrainConfig, torch.Generator, Spread], Pretrained
@@ -68,20 +65,7 @@ def _adapted_model(
 # What an adapter needs beside what is trained, by the names it has on the wire and on disk.
 FROZEN_ARRAYS = (INPUT_PROMPTS, KEYS, EXPERTS)
 
-_WEIGHTS = Method(gated=False, model=_adapted_model, start=_start_of_weights)
-METHODS = {
-    **{name: Method(gated=gated, model=_prompted_model, start=pretrain) for name, gated in GATED.items()},
-    "lora": _WEIGHTS,
-    "ia3": _WEIGHTS,
+METHOD_OF = {
+    **dict.fromkeys(PROMPTED, Method(_prompted_model, pretrain)),
+    **dict.fromkeys(RULES, Method(_adapted_model, _start_of_weights)),
 }
-
-
-def require_method(name: str) -> Method:
-    """The method of this name.
-
-    Raises:
-        InputError: no such method.
-    """
-    if name not in METHODS:
-        raise InputError(f"`method` is {name!r}; choose one of: {', '.join(METHODS)}.")
-    return METHODS[name]

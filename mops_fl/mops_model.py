@@ -10,6 +10,7 @@ Letters: `B` rows, `n` tokens, `E` experts, `V` vocabulary.
 """
 
 import copy
+import functools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +31,7 @@ from mops_fl.compressed import backbone_sha256, prefer_with_weights, resolve_mod
 from mops_fl.config import OWN_EMBEDDING, BackboneConfig, to_key
 from mops_fl.encoding import Turn, prompt_tokens
 from mops_fl.errors import InputError
-from mops_fl.methods import FROZEN_ARRAYS, require_method
+from mops_fl.methods import FROZEN_ARRAYS, METHOD_OF
 from mops_fl.state_cache import StateCache
 
 
@@ -56,7 +57,7 @@ class MopsModel(PreTrainedModel, GenerationMixin):
         self._saved = saved
         arrays = {name: torch.tensor(array) for name, array in saved.arrays.items()}
         frozen = {name: arrays.pop(name) for name in FROZEN_ARRAYS if name in arrays}
-        method = require_method(saved.description.adapter.method)
+        method = METHOD_OF[saved.description.adapter.method]
         # No state is kept: rows of two files may have the same ids.
         self.adaptable = method.model(backbone, saved.description.adapter, frozen, StateCache(0))
         self.adapter = self.adaptable.adapter([arrays]).requires_grad_(False)
@@ -154,16 +155,14 @@ class MopsModel(PreTrainedModel, GenerationMixin):
 
     def encode_turns(self, conversations: Sequence[Sequence[Turn]]) -> BatchEncoding:
         """Conversations, the last turn of each yet to be answered, likewise."""
-        return self.pad([prompt_tokens(self.tokenizer, turns) for turns in conversations])
+        return self.pad([torch.tensor(prompt_tokens(self.tokenizer, turns)) for turns in conversations])
 
-    def pad(self, rows: Sequence[list[int]]) -> BatchEncoding:
-        """Token ids, padded on the left, where the backbone is."""
-        width = max(map(len, rows))
-        padding = self.generation_config.pad_token_id
-        input_ids = [[padding] * (width - len(row)) + row for row in rows]
-        attention_mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        tensors = {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(attention_mask)}
-        return BatchEncoding(tensors).to(self.device)
+    def pad(self, rows: list[Tensor]) -> BatchEncoding:
+        """Token ids, `(n,)` int64 a row, padded on the left, where the backbone is."""
+        pad_left = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+        input_ids = pad_left(rows, padding_value=self.generation_config.pad_token_id)
+        attention_mask = pad_left([torch.ones_like(row) for row in rows])
+        return BatchEncoding({"input_ids": input_ids, "attention_mask": attention_mask}).to(self.device)
 
     def answer(self, instructions: Sequence[str], contexts: Sequence[str] | None = None, **options: Any) -> list[str]:  # noqa: ANN401
         """The answer to each question as text; `options` are those of `generate`."""

@@ -2,10 +2,17 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from mops_fl.config import DataConfig
-from mops_fl.data import Row, TaskData, apportion, hold_out, load_rows, rows_of_tasks, without_held_out
+from mops_fl.data import (
+    Row,
+    TaskData,
+    apportion,
+    hold_out,
+    load_rows,
+    rows_of_tasks,
+    shuffled_by_task,
+    without_held_out,
+)
 from mops_fl.errors import InputError
 from mops_fl.sources import resolve_data
 from mops_fl.task_choice import list_tasks, present_tasks
@@ -24,18 +31,16 @@ def load_server_rows(config: DataConfig, *, with_test: bool) -> TaskData:
     source, tasks, rows = load_rows(config)
     num_test = round(config.test_fraction * config.num_rows) if with_test else 0
     fit = min(1.0, len(rows) / max(1, num_test + config.server_rows))
-    by_task = {task: [row for row in rows if row.task == task] for task in tasks}
+    by_task = shuffled_by_task(rows, tasks, config.data_seed)
     sizes = [len(members) for members in by_task.values()]
     tested, kept = (apportion(int(fit * total), sizes) for total in (num_test, config.server_rows))
-    rng = np.random.default_rng(config.data_seed)
     test: list[Row] = []
     server: list[Row] = []
     for (task, members), of_test, of_server in zip(by_task.items(), tested, kept, strict=True):
         if with_test and not of_test:
             raise InputError(f"{source.path} has too few rows of {task!r} to measure on; give more, or raise num-rows.")
-        shuffled = [members[i] for i in rng.permutation(len(members))]
-        test += shuffled[:of_test]
-        server += shuffled[of_test : of_test + of_server]
+        test += members[:of_test]
+        server += members[of_test : of_test + of_server]
     data = TaskData(tasks, (), tuple(test), tuple(server), (), source.description, source.is_sample)
     return without_held_out(data, config)
 
@@ -66,13 +71,10 @@ def keep_back(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row
 
     Of a task with at least two rows, at least one is kept for each.
     """
-    rng = np.random.default_rng(seed)
     train: list[Row] = []
     kept_back: list[Row] = []
-    for task in sorted({row.task for row in rows}):
-        members = [row for row in rows if row.task == task]
+    for members in shuffled_by_task(rows, sorted({row.task for row in rows}), seed).values():
         num_kept_back = min(max(1, round(fraction * len(members))), len(members) - 1)
-        shuffled = [members[i] for i in rng.permutation(len(members))]
-        kept_back += shuffled[:num_kept_back]
-        train += shuffled[num_kept_back:]
+        kept_back += members[:num_kept_back]
+        train += members[num_kept_back:]
     return train, kept_back

@@ -13,16 +13,17 @@ Reply    `config`   partition-id, num-examples, trainer (clients that name the s
                     backbone-sha256, data-sha256; if the rows are the client's own also its tasks and the rows-per-task
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from mops_fl.config import to_key
 from mops_fl.errors import InputError
+from mops_fl.foreign_text import one_line
 
 ARRAYS = "arrays"
 FROZEN = "frozen"
@@ -123,7 +124,7 @@ class EvaluateRequest:
     Attributes:
         tasks: tasks in the order of the answer.
         adapter: the adapter; empty for the model without prompts.
-        frozen: the input prompts P1 under their wire name; empty likewise.
+        frozen: as in `TrainRequest`; empty likewise.
     """
 
     tasks: tuple[str, ...]
@@ -146,6 +147,10 @@ class EvaluateResult:
     num_tokens: tuple[int, ...]
     num_rows: tuple[int, ...]
     gate_mass: tuple[float, ...]
+
+
+# Names of the numbers in the reply to a train message.
+TRAIN_METRICS = {to_key(field.name) for field in fields(TrainResult)} - {"adapter"}
 
 
 def to_record(arrays: Arrays) -> ArrayRecord:
@@ -184,29 +189,13 @@ def decode_request(content: RecordDict) -> TrainRequest:
 
 def encode_result(result: TrainResult) -> RecordDict:
     """The content of a reply."""
-    metrics = MetricRecord(
-        {
-            "num-examples": result.num_examples,
-            "num-steps": result.num_steps,
-            "num-tokens": result.num_tokens,
-            "loss-sum": result.loss_sum,
-            "seconds": result.seconds,
-            "gate-mass": list(result.gate_mass),
-        }
-    )
-    return RecordDict({ARRAYS: to_record(result.adapter), METRICS: metrics})
+    return RecordDict({ARRAYS: to_record(result.adapter), METRICS: MetricRecord(metrics_of(result))})
 
 
-def printable(text: str) -> str:
-    """Text of somebody else's without colours and other characters that a terminal would obey."""
-    plain = re.sub(r"\x1b\[[\d;]*m", "", text)
-    return "".join(char for char in plain if char.isprintable() or char in "\n\t")
-
-
-def shortened(value: object) -> str:
-    """A value of somebody else's as it may stand in a sentence."""
-    text = " ".join(printable(str(value)[:1000]).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
+def metrics_of(result: TrainResult | EvaluateResult) -> dict[str, Any]:
+    """A result's numbers under their wire names."""
+    numbers = {to_key(name): value for name, value in vars(result).items() if name != "adapter"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in numbers.items()}
 
 
 def encode_info(info: ClientInfo) -> RecordDict:
@@ -235,7 +224,7 @@ def decode_info(content: RecordDict) -> ClientInfo:
     config: dict[str, Any] = dict(content.config_records.get(CONFIG, {}))
     kinds = {"partition-id": int, "num-examples": int, "trainer": str, "backbone-sha256": str, "data-sha256": str}
     if any(type(config.get(name)) is not kind for name, kind in kinds.items()) or config["num-examples"] < 0:
-        raise InputError(f"It answers {shortened(config)}, not who it is; update its software.")
+        raise InputError(f"It answers {one_line(config)}, not who it is; update its software.")
     return ClientInfo(
         config["partition-id"],
         config["num-examples"],
@@ -251,9 +240,9 @@ def _own_rows(config: Mapping[str, Any]) -> dict[str, int] | None:
         return None
     tasks, counts = config[TASKS], config.get("rows-per-task")
     if not isinstance(tasks, list) or not isinstance(counts, list) or len(tasks) != len(counts):
-        raise InputError(f"It answers {shortened(config)}, not its rows of each task; update its software.")
+        raise InputError(f"It answers {one_line(config)}, not its rows of each task; update its software.")
     if any(type(count) is not int or count < 0 for count in counts):
-        raise InputError(f"It answers {shortened(config)}, in which a task's rows are no count; update its software.")
+        raise InputError(f"It answers {one_line(config)}, in which a task's rows are no count; update its software.")
     return dict(zip(tasks, counts, strict=True))
 
 
@@ -280,7 +269,4 @@ def decode_evaluate_request(content: RecordDict) -> EvaluateRequest:
 
 def encode_evaluate_result(result: EvaluateResult) -> RecordDict:
     """The content of the reply to an evaluate message."""
-    metrics = MetricRecord()
-    for name, values in vars(result).items():
-        metrics[name.replace("_", "-")] = list(values)
-    return RecordDict({METRICS: metrics})
+    return RecordDict({METRICS: MetricRecord(metrics_of(result))})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mops_fl.adapter import AdapterState, Gate, initial_state
 from mops_fl.backbone import Backbone
-from mops_fl.config import GATED, AdapterConfig, PretrainConfig
+from mops_fl.config import AdapterConfig, PretrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.evaluation import Spread
 from mops_fl.losses import plain_losses
@@ -72,7 +72,7 @@ def pretrain(
     accuracy = neighbours = None
     if rows and config.gate_epochs and "gate.w1" in state:
         state, accuracy = train_gate(state, model, rows, num_tasks, config, spread)
-    elif GATED[adapter_config.method] and adapter_config.routing == "nearest":
+    elif adapter_config.gated and adapter_config.routing == "nearest":
         pooled, experts = gate_inputs(model, rows, adapter_config.num_experts, spread)
         neighbours = Neighbours.of(pooled, experts, adapter_config.num_experts)
     return Pretrained(model.input_prompts, state, accuracy, neighbours)
@@ -117,10 +117,15 @@ def gate_inputs(
     model: PromptedModel, rows: Sequence[EncodedRow], num_groups: int, spread: Spread = map
 ) -> tuple[Tensor, Tensor]:
     """What the gate sees of the rows' questions `(R, D)`, and each row's own group of experts `(R,)`."""
+    pooled = pooled_questions(model, rows, spread)
+    return pooled, torch.tensor([row.task for row in rows], device=pooled.device) % num_groups
+
+
+def pooled_questions(model: PromptedModel, rows: Sequence[EncodedRow], spread: Spread = map) -> Tensor:
+    """What the gate sees of the rows' questions `(R, D)`, on the model's device."""
     # To the model's cache a question is another row than the one that goes on with its answer.
     questions = [replace(row, row_id=~row.row_id, token_ids=row.token_ids[: row.prompt_length]) for row in rows]
-    pooled = torch.stack(list(spread(lambda row: model.row_states([row])[0].pooled, questions)))
-    return pooled, torch.tensor([row.task for row in rows], device=pooled.device) % num_groups
+    return torch.stack(list(spread(lambda row: model.row_states([row])[0].pooled, questions)))
 
 
 def train_gate(

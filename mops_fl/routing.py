@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mops_fl.config import GATED, AdapterConfig
+from mops_fl.config import AdapterConfig
 from mops_fl.errors import InputError
 
 KEYS, EXPERTS = "neighbour-keys", "neighbour-experts"
@@ -47,11 +47,8 @@ class Neighbours:
 
     def scores(self, pooled: Tensor) -> Tensor:
         """Scores `(R, E)` of rows with gate inputs `(R, D)`: one at the expert of the nearest key, by cosine."""
-        return self.experts[self.similarity(pooled).argmax(1)]
-
-    def similarity(self, pooled: Tensor) -> Tensor:
-        """Cosines `(R, S)`."""
-        return F.normalize(pooled.float()) @ self.keys.T
+        cosines = F.normalize(pooled.float()) @ self.keys.T  # (R, S)
+        return self.experts[cosines.argmax(1)]
 
 
 def check_num_experts(config: AdapterConfig, num_tasks: int) -> None:
@@ -60,7 +57,7 @@ def check_num_experts(config: AdapterConfig, num_tasks: int) -> None:
     Raises:
         InputError: rows go to their neighbours' expert, and there are more experts than tasks that are trained on.
     """
-    if GATED.get(config.method) and config.routing == "nearest" and config.num_experts > num_tasks:
+    if config.gated and config.routing == "nearest" and config.num_experts > num_tasks:
         raise InputError(
             f"`num-experts` is {config.num_experts}, but with `routing` 'nearest' each of the {num_tasks} tasks has "
             f"one and the others would never be used; set it to at most {num_tasks}."

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from mops_fl.errors import InputError
 
@@ -165,8 +166,7 @@ def _check_given_file(origin: str, path: Path) -> Path:
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raise `InputError` unless the file's SHA-256 is `expected` (hexadecimal)."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(path)
     if found != expected:
         raise InputError(
             f"{path} is corrupt or not the expected file (SHA-256 {found} instead of {expected}): "
@@ -174,14 +174,20 @@ def check_sha256(path: Path, expected: str) -> None:
         )
 
 
+def file_sha256(path: Path) -> str:
+    """A file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_receipt(path: Path, receipt: Mapping[str, str]) -> None:
     """Write a receipt: `name`, `source` (hub or pypi), `revision` and/or `sha256`, `licence`."""
     path.write_text(json.dumps(dict(receipt), indent=2) + "\n", encoding="utf-8")
 
 
-def read_receipt(path: Path) -> dict[str, str]:
+def read_receipt(path: Path) -> dict[str, Any]:
     """Read a receipt; empty if there is none, as for a folder of the user's own."""
     if not path.is_file():
         return {}
-    receipt: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    receipt: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return receipt

@@ -73,9 +73,6 @@ class StateCache:
                 tokens = mapped.view(states.tokens.dtype).view(states.tokens.shape)
                 self._in_file[row_id] = RowStates(tokens.copy_(states.tokens), states.pooled)
 
-    def __len__(self) -> int:
-        return len(self._memory) + len(self._in_file)
-
     def _claim(self, num_bytes: int) -> Tensor | None:
         """Bytes of the mapped file, aligned for any dtype; None if there are no more."""
         padded = -num_bytes % 64 + num_bytes

@@ -16,19 +16,15 @@ from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
 from mops_fl.errors import InputError, RunError
-from mops_fl.payload import ARRAYS, METRICS, TrainResult, encode_request, encode_result, from_record, shortened
+from mops_fl.foreign_text import error_text, one_line
+from mops_fl.payload import ARRAYS, METRICS, TrainResult, encode_request, encode_result, from_record
 from mops_fl.reply_check import ReplyLimits, check_result
 from strategies.aggregation import Aggregate
-from strategies.replies import error_text
 from strategies.sampling import ClientSampler
 from strategies.screening import overlong_updates
 from strategies.totals import WEIGHT, num_bytes, sum_metrics
 
 WEIGHTINGS = ("uniform", "num-examples", "gate-mass")
-
-
-class RoundError(RunError):
-    """A round ended with too few usable replies."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ class FedPrompt(FedAvg):
             weighting: `uniform` (paper), `num-examples`, or, of methods with a gate, `gate-mass`.
             aggregate: joins the usable replies.
             acceptance: which replies are usable.
-            frozen: the input prompts, sent along with every message.
+            frozen: the input prompts, and what rows are routed by where no gate does it; sent along with every message.
             rounds_done: rounds that an earlier process did; the next one is called `rounds_done + 1`.
             on_round: told about each round's replies.
             num_experts: experts whose use a reply must report; 0 without a gate.
@@ -171,14 +167,14 @@ class FedPrompt(FedAvg):
         """Join the usable replies in the order of their partition ids.
 
         Raises:
-            RoundError: there are too few, or the server's own training came to nothing finite.
+            RunError: there are too few, or the server's own training came to nothing finite.
         """
         number = self._rounds_done + server_round
         usable, failures = self._screen(replies)
         if len(usable) < self._acceptance.min_replies:
             count = f"{len(usable) or 'no'} usable repl{'ies' if len(usable) > 1 else 'y'}"
             needed = f", {self._acceptance.min_replies} are needed" if usable else ""
-            raise RoundError(
+            raise RunError(
                 f"Round {number} had {count} from {len(self._asked)} clients{needed}. "
                 f"{failures[0].who}: {failures[0].reason}"
             )
@@ -190,7 +186,7 @@ class FedPrompt(FedAvg):
             try:
                 check_result(own, self._sent, self._acceptance.limits)
             except InputError as error:
-                raise RoundError(f"Round {number}: the server's own training cannot be used. {error}") from error
+                raise RunError(f"Round {number}: the server's own training cannot be used. {error}") from error
             self._weigh(own, self._server_weight)
             usable.append(Message(own, dst_node_id=0, message_type=MessageType.TRAIN))
         contents = [reply.content for reply in usable]
@@ -222,7 +218,7 @@ class FedPrompt(FedAvg):
         check_result(content, self._sent, self._acceptance.limits)
         metrics: Any = content.metric_records[METRICS]
         if len(metrics["gate-mass"]) != self._num_experts:
-            raise InputError(f"Metric gate-mass is {shortened(metrics['gate-mass'])}, not {self._num_experts} numbers.")
+            raise InputError(f"Metric gate-mass is {one_line(metrics['gate-mass'])}, not {self._num_experts} numbers.")
         if metrics["num-examples"] > (known := self._sampler.clients[client].num_examples):
             raise InputError(f"Metric num-examples is {metrics['num-examples']}; the client told of {known} at first.")
 

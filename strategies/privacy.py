@@ -17,7 +17,7 @@ from flwr.serverapp import (
 )
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 
-from mops_fl.config import require_positive
+from mops_fl.config import require_not_negative, require_positive
 from mops_fl.errors import InputError
 from mops_fl.payload import ARRAYS, METRICS
 from strategies.aggregation import Aggregate
@@ -40,10 +40,8 @@ class NoiseConfig:
     privacy_delta: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.clip_norm < float("inf"):
-            raise InputError(f"`clip-norm` is {self.clip_norm}; it must be a number of at least 0.")
-        if not 0 <= self.noise_multiplier < float("inf"):
-            raise InputError(f"`noise-multiplier` is {self.noise_multiplier}; it must be a number of at least 0.")
+        require_not_negative("clip-norm", self.clip_norm)
+        require_not_negative("noise-multiplier", self.noise_multiplier)
         if self.noise_multiplier and not self.clip_norm:
             raise InputError("`noise-multiplier` is set, but `clip-norm` is 0; noise is measured by it: set both.")
         require_positive("privacy-delta", self.privacy_delta)

@@ -1,4 +1,4 @@
-"""The strategy of each method in `mops_fl.methods.METHODS`."""
+"""The strategy of each method in `mops_fl.config.METHODS`."""
 
 from strategies.fedprompt import FedPrompt
 from strategies.mops import MoPs

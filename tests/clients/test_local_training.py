@@ -9,12 +9,11 @@ from flwr.app import ConfigRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from clients.local_training import ClientRows, Training, client_losses, draw_rows, train_cohort
-from mops_fl.adapter import GATED, initial_state
-from mops_fl.config import AdapterConfig, TrainConfig
+from mops_fl.adapter import initial_state
+from mops_fl.config import METHODS, PROMPTED, AdapterConfig, TrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
 from mops_fl.losses import RowLosses
-from mops_fl.methods import METHODS
 from mops_fl.model import PromptedModel
 from mops_fl.payload import ClientInfo, encode_result, from_record, to_record
 from mops_fl.reply_check import ReplyLimits
@@ -49,7 +48,7 @@ def build(tiny_backbone):
 
     def make(method):
         config, generator = replace(ADAPTER, method=method), torch.Generator().manual_seed(2)
-        if method in GATED:
+        if method in PROMPTED:
             prompts, cache = torch.randn(4, 32, generator=generator), StateCache(1 << 24)
             state = initial_state(config, torch.randn(6, 32, generator=generator), generator)
             changes = {name: tensor * 10 for name, tensor in state.items() if name == "gate.w2"}
@@ -111,7 +110,7 @@ def test_everything_trainable_moves_and_nothing_frozen_does(build, method):
         if tensor.dim() > 1 and not name.startswith("gate"):
             assert (moved.max(1) > 1e-3).all(), name
     assert all(torch.equal(getattr(model, name), tensor) for name, tensor in frozen.items())
-    assert bool(frozen) == (method in GATED)
+    assert bool(frozen) == (method in PROMPTED)
     after = model.backbone.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
     assert all(p.grad is None for p in model.backbone.model.parameters())
@@ -212,7 +211,7 @@ def test_one_client_federated_is_the_same_client_trained_centrally(build, method
         frozen=to_record({}),
         rounds_done=0,
         on_round=lambda report: None,
-        num_experts=ADAPTER.num_experts if GATED.get(method) else 0,
+        num_experts=replace(ADAPTER, method=method).num_gated,
         connected=lambda grid: {7},
     )
     sent = to_record({name: tensor.numpy() for name, tensor in state.items()})

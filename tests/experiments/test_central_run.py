@@ -8,7 +8,7 @@ from experiments import simulation
 from experiments.cli import main
 from experiments.run_folder import RunFolder
 from mops_fl.adapter_folder import load_adapter
-from mops_fl.methods import METHODS
+from mops_fl.config import METHODS
 
 pytestmark = pytest.mark.usefixtures("command_in_process")
 

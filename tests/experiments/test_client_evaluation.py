@@ -15,7 +15,7 @@ from experiments.nodes import find_clients, with_own_rows
 from experiments.run_folder import RunFolder
 from experiments.runtimes import run_inline
 from mops_fl.data import DOLLY_TASKS
-from mops_fl.errors import InputError
+from mops_fl.errors import InputError, RunError
 from mops_fl.evaluation import Evaluation
 from mops_fl.payload import (
     METRICS,
@@ -27,7 +27,6 @@ from mops_fl.payload import (
     encode_evaluate_result,
     encode_info,
 )
-from strategies.fedprompt import RoundError
 
 REQUEST = EvaluateRequest(("qa", "chat"), {"prompts": np.ones((2, 3), np.float32)}, {})
 # Two clients; the second has no row of the second task.
@@ -78,14 +77,14 @@ def test_client_without_a_usable_answer_is_left_out_with_a_warning(caplog):
     assert measured.loss_sum == (4.0, 0.0)
     assert "Node 6 could not evaluate: no rows" in caplog.text
     assert "Node 7 could not evaluate: The reply does not hold exactly the sums" in caplog.text
-    with pytest.raises(RoundError, match="None of 1 clients could evaluate"):
+    with pytest.raises(RunError, match="None of 1 clients could evaluate"):
         ask({6: Error(2, "no rows")})
 
 
 def test_clients_that_keep_no_rows_back_add_nothing():
     nothing = encode_evaluate_result(EvaluateResult((0, 0), (0, 0), (0, 0), (0, 0, 0, 0)))
     assert ask({5: nothing, 7: encode_evaluate_result(HERE)})[0] == ask({7: encode_evaluate_result(HERE)})[0]
-    with pytest.raises(RoundError, match="No client keeps rows back"):
+    with pytest.raises(RunError, match="No client keeps rows back"):
         ask({5: nothing})
 
 
@@ -108,7 +107,7 @@ def test_clients_that_keep_no_rows_back_add_nothing():
 def test_sums_that_are_none_are_refused(name, value, caplog):
     content = encode_evaluate_result(HERE)
     content.metric_records[METRICS][name] = value
-    with pytest.raises(RoundError):
+    with pytest.raises(RunError):
         ask({5: content})
     assert f"Metric {name} " in caplog.text
 

@@ -18,9 +18,10 @@ from experiments.measurements import series
 from experiments.run_folder import RunFolder
 from experiments.runtimes import run_inline
 from mops_fl.adapter_folder import load_adapter
+from mops_fl.errors import RunError
 from mops_fl.payload import ARRAYS, METRICS, from_record, to_record
 from mops_fl.sources import sample_path
-from strategies.fedprompt import FedPrompt, RoundError
+from strategies.fedprompt import FedPrompt
 from strategies.privacy import NoiseConfig, spent_epsilon
 
 pytestmark = pytest.mark.usefixtures("command_in_process")
@@ -326,11 +327,11 @@ def test_contradicting_values_are_refused(command, tmp_path, changes, complaint)
 
 def test_run_that_flower_itself_starts_says_that_it_failed(run_config, tmp_path, monkeypatch):
     def fail(*_):
-        raise RoundError("too few")
+        raise RunError("too few")
 
     monkeypatch.setattr(FedPrompt, "aggregate_train", fail)
     values = run_config({"output-dir": str(tmp_path / "run")})
-    with pytest.raises(RoundError):
+    with pytest.raises(RunError):
         run_inline(AppFolder.find("experiments.dolly"), values, catch_signals=lambda: None)
     assert RunFolder.open(tmp_path / "run").summary["status"] == "failed"
 

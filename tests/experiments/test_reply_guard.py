@@ -21,8 +21,8 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.superlink.servicer.runtime import runtime_handlers as runtime
 
 from experiments.reply_guard import ReplyGuard
+from mops_fl.foreign_text import error_text
 from mops_fl.payload import to_record
-from strategies.replies import error_text
 
 
 @pytest.fixture(autouse=True)

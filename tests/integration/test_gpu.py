@@ -10,7 +10,7 @@ from clients import resident
 from clients.local_training import Training
 from experiments.cli import main
 from mops_fl.adapter_folder import load_adapter
-from mops_fl.methods import METHODS
+from mops_fl.config import METHODS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import pytest
 
 from mops_fl.config import (
+    METHODS,
     AdapterConfig,
     BackboneConfig,
     DataConfig,
@@ -113,6 +114,7 @@ def test_value_out_of_range_is_refused_by_name(section, key, value, run_config):
         (BackboneConfig, "quantization", ("none", "int8", "nf4")),
         (BackboneConfig, "dtype", ("auto", "bfloat16", "float32")),
         (DataConfig, "loss-on", ("response", "all")),
+        (AdapterConfig, "method", METHODS),
         (AdapterConfig, "gating", ("attention", "embedding")),
         (AdapterConfig, "pooling", ("question", "all")),
         (AdapterConfig, "prompt-init", ("random", "vocabulary", "transformed")),
@@ -128,3 +130,9 @@ def test_every_choice_is_accepted_and_a_refusal_lists_them(section, key, choices
 def test_number_of_prompts_is_experts_times_prompts_of_each(run_config):
     config = read_section(AdapterConfig, run_config({"num-experts": 3, "prompts-per-expert": 4}))
     assert config.num_prompts == 12
+
+
+def test_only_mops_has_a_gate(run_config):
+    configs = [read_section(AdapterConfig, run_config({"method": method, "num-experts": 3})) for method in METHODS]
+    assert {config.method: config.num_gated for config in configs if config.gated} == {"mops": 3}
+    assert {config.num_gated for config in configs if not config.gated} == {0}

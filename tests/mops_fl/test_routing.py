@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -22,11 +20,6 @@ def neighbours():
 def test_a_row_goes_to_the_expert_of_the_nearest_direction_however_long(neighbours):
     pooled = torch.tensor([[0.1, 0.01], [100.0, 400.0], [-0.5, 0.3]])
     assert neighbours.scores(pooled).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
-
-
-def test_similarity_is_the_cosine(neighbours):
-    expected = [1 / math.sqrt(2), 1.2 / math.sqrt(2 * 1.04), 1 / math.sqrt(2), -1 / math.sqrt(2)]
-    torch.testing.assert_close(neighbours.similarity(torch.tensor([[3.0, 3.0]]))[0], torch.tensor(expected))
 
 
 def test_what_travels_makes_the_same_neighbours_again(neighbours):

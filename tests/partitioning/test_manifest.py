@@ -1,7 +1,5 @@
 import json
 
-import pytest
-
 from partitioning.manifest import build_manifest
 from partitioning.registry import PartitionConfig, partition_rows
 
@@ -31,10 +29,3 @@ def test_manifest_of_a_partition_survives_json():
     labels = [f"task{i % 7}" for i in range(200)]
     manifest = build_manifest(partition_rows(labels, config=CONFIG), labels, CONFIG)
     assert json.loads(json.dumps(manifest)) == manifest
-
-
-def test_build_refuses_a_lost_row_and_a_wrong_number_of_clients():
-    with pytest.raises(ValueError, match="1 of 4 rows belong to no client, the first is row 3"):
-        build_manifest([[0, 1], [], [2]], LABELS, CONFIG)
-    with pytest.raises(ValueError, match="rows for 1 clients, but num-clients is 3"):
-        build_manifest([[0, 1, 2, 3]], LABELS, CONFIG)

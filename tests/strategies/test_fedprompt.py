@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from flwr.app import Error, Message, MetricRecord, RecordDict
 
+from mops_fl.errors import RunError
 from mops_fl.payload import Cohort, TrainResult, decode_request
-from strategies.fedprompt import FedPrompt, RoundError
+from strategies.fedprompt import FedPrompt
 from strategies.totals import sum_metrics
 
 START = {"prompts": np.zeros((1, 2), np.float32), "bias": np.zeros(1, np.float32)}  # 12 bytes
@@ -118,7 +119,7 @@ def test_round_without_a_usable_reply_is_an_error(ask, kind):
     asked = ask(FedPrompt, START, num_clients=2, rounds_done=6)
     broken, _ = broken_replies(asked)[kind]
     failed = Message(Error(code=2, reason="first"), reply_to=asked.message_to(0))
-    with pytest.raises(RoundError, match=r"Round 7 had no usable reply from 2 clients. Client 0 .node 90.: first"):
+    with pytest.raises(RunError, match=r"Round 7 had no usable reply from 2 clients. Client 0 .node 90.: first"):
         asked.strategy.aggregate_train(1, [*broken, failed])
     assert asked.reports == []
 
@@ -182,5 +183,5 @@ def test_server_takes_part_with_its_weight(ask):
 def test_the_servers_own_training_must_be_finite_too(ask):
     asked = ask(FedPrompt, START, num_clients=1)
     asked.strategy._server = lambda *_: result((np.nan, 1.0), num_examples=8)
-    with pytest.raises(RoundError, match=r"Round 1: the server's own training cannot be used. .* not finite"):
+    with pytest.raises(RunError, match=r"Round 1: the server's own training cannot be used. .* not finite"):
         asked.strategy.aggregate_train(1, [asked.reply(0, result((1.0, 1.0), num_examples=3))])

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from mops_fl.methods import METHODS
+from mops_fl.config import METHODS
+from mops_fl.errors import RunError
 from mops_fl.payload import TrainResult
-from strategies.fedprompt import RoundError
 from strategies.mops import MoPs
 from strategies.registry import STRATEGIES
 
@@ -90,7 +90,7 @@ def test_reply_without_a_mass_for_each_expert_is_refused(ask, gate_mass):
 
 def test_mops_refuses_what_fedprompt_refuses(ask):
     asked = ask(MoPs, START, num_clients=1, num_experts=2)
-    with pytest.raises(RoundError, match="not finite"):
+    with pytest.raises(RunError, match="not finite"):
         asked.strategy.aggregate_train(1, [asked.reply(0, result((1.0, 1.0), gate=(np.inf, 0)))])
 
 

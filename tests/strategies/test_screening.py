@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from mops_fl.errors import RunError
 from mops_fl.payload import TrainResult, to_record
-from strategies.fedprompt import FedPrompt, RoundError
+from strategies.fedprompt import FedPrompt
 from strategies.screening import overlong_updates
 
 START = {"prompts": np.full((1, 2), 5.0, np.float32), "bias": np.zeros(1, np.float32)}
@@ -68,7 +69,7 @@ def test_count_that_cannot_be_is_refused(ask, changes, complaint):
 
 def test_too_few_usable_replies_end_the_run(ask):
     asked = ask(FedPrompt, START, num_clients=3, min_replies=3)
-    with pytest.raises(RoundError, match=r"2 usable replies from 3 clients, 3 are needed\. Client 1 .*no answer"):
+    with pytest.raises(RunError, match=r"2 usable replies from 3 clients, 3 are needed\. Client 1 .*no answer"):
         asked.strategy.aggregate_train(1, [asked.reply(0, result(1)), asked.reply(2, result(1))])
 
 
