@@ -4,11 +4,13 @@ Only the module of the command that is called is imported: what some of them nee
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before anything imports flwr, which reads it then
 
@@ -34,6 +36,15 @@ COMMANDS = {
     "certificates": ("certificates", "make the certificates and keys of a deployment"),
     "deploy-demo": ("deploy_demo_command", "deploy a SuperLink and SuperNodes on this machine, and run"),
 }
+
+
+def command() -> NoReturn:
+    """Run one command and end the process; threads that still have work in their queue must not keep it."""
+    code = main()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,3 +49,18 @@ def test_machine_has_a_lane_per_core_and_a_gpu_is_one(monkeypatch, gpu, count):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert Lanes.of_this_machine().count == count
+
+
+def test_items_that_wait_are_not_computed_once_one_has_raised():
+    begun, gate = [], threading.Event()
+
+    def task(item):
+        begun.append(item)
+        if item == 0:
+            raise ZeroDivisionError
+        gate.wait(10)
+
+    with pytest.raises(ZeroDivisionError):
+        list(Lanes(2, 2).map(task, range(100)))
+    gate.set()
+    assert len(begun) <= 3  # the one that raised, and what the two lanes were at
