@@ -130,10 +130,11 @@ def _resumed_config(
 ) -> dict[str, Scalar]:
     if overrides:
         raise InputError("--resume goes on with the run's own configuration; leave all other options away.")
+    folder = folder.expanduser().absolute()  # no shell does it in `--resume=~/run`
     interrupted = RunFolder.open(folder)
     require_training(interrupted, training)
     run_config = {**app_config, **interrupted.config}
-    return {**run_config, "output-dir": str(folder.absolute()), "resume": True}
+    return {**run_config, "output-dir": str(folder), "resume": True}
 
 
 def add_app_options(parser: argparse.ArgumentParser) -> None:

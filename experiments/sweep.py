@@ -184,7 +184,7 @@ def read_sweep(path: Path, output: Path | None, data: Path | None = None) -> Swe
     _check_form(path, content, {"folder"} if output else set())
     title, app_name, seeds = content["title"], content["app"], content["seeds"]
     common, rows, methods, paper = content["values"], content["rows"], content["methods"], content.get("paper", {})
-    output = output or Path("runs") / content["folder"]
+    output = (output or Path("runs") / content["folder"]).expanduser()  # no shell does it in `--output=~/runs`
     app = AppFolder.find(app_name)
     known = app.run_config(())
     runs = []

@@ -12,7 +12,7 @@ import pytest
 
 from experiments import run_folder
 from experiments.measurements import series, task_names
-from experiments.run_folder import COPIED, RunFolder
+from experiments.run_folder import COPIED, RunFolder, output_dir
 from mops_fl.errors import InputError
 
 CONFIG = {"method": "mops", "seed": 3, "lr": 0.01, "resume": False}
@@ -52,6 +52,18 @@ def test_create_takes_an_empty_folder_and_refuses_a_used_one(tmp_path: Path) -> 
     with pytest.raises(InputError, match="is not empty; name another folder"):
         RunFolder.create(tmp_path, {"method": "other"})
     assert (tmp_path / "config.toml").read_bytes() == before
+
+
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert output_dir({"dataset": "dolly", "method": "mops", "output-dir": "~/run"}) == tmp_path / "run"
+
+
+def test_runs_started_together_have_folders_of_their_own() -> None:
+    config = {"dataset": "dolly", "method": "mops", "output-dir": ""}
+    first, second = output_dir(config), output_dir(config)
+    assert first != second
+    assert first.name.startswith("dolly-mops-")
 
 
 def test_create_refuses_a_path_through_a_file(tmp_path: Path) -> None:

@@ -223,6 +223,13 @@ def test_run_still_going_in_the_output_folder_is_not_marked(command, tmp_path):
     assert (tmp_path / "run/summary.json").read_text() == running
 
 
+def test_tilde_in_the_folder_to_go_on_with_is_the_home_folder(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command(num_server_rounds=1)[0] == 0
+    assert command("--resume=~/run", configured=False) == (0, "")
+    assert RunFolder.open(tmp_path / "run").config["output-dir"] == str(tmp_path / "run")
+
+
 def test_resume_takes_no_number_of_clients(command, tmp_path):
     assert command(num_server_rounds=1)[0] == 0
     outcome = command("--resume", str(tmp_path / "run"), "--num-supernodes", "7", configured=False)
