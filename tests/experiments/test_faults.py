@@ -229,12 +229,26 @@ def test_disk_that_is_really_full_and_then_read_only(command, small_disk):
 
 def test_pipe_that_nobody_reads_any_more_ends_the_run_with_one_sentence(command, monkeypatch, tmp_path):
     def closed(*_):
-        raise SystemExit(1)  # as rich's Console does
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904 - as rich's Console does
 
     monkeypatch.setattr(Display, "round", closed)
     code, _, errors = command()
     assert code == 1
     assert "Nobody reads any more what the run prints; go on with --resume." in one_sentence(errors)
+    assert RunFolder.open(tmp_path / "run").summary["status"] == "interrupted"
+
+
+def test_exit_of_flowers_own_signal_handler_is_no_failure_of_the_run(command, monkeypatch, tmp_path):
+    def end(*_):
+        raise SystemExit(0)
+
+    monkeypatch.setattr(Display, "round", end)
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 0
     assert RunFolder.open(tmp_path / "run").summary["status"] == "interrupted"
 
 
