@@ -14,6 +14,7 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Column, Table
 
 from experiments.central_run import run_centrally
@@ -179,7 +180,7 @@ def _table(rows: Iterable[Sequence[str]], no_wrap: bool = False) -> Table:
     names = ("row", "method", "seed", "status", "perplexity")
     table = Table(*(Column(name, no_wrap=no_wrap) for name in names))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 

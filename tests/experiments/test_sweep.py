@@ -270,6 +270,12 @@ def test_run_folders_are_below_runs_where_the_file_says(content, tmp_path):
     assert found.runs[0].folder == Path("runs/tiny/two-experts-fedprompt-seed0").absolute()
 
 
+def test_tilde_in_the_output_is_the_home_folder(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sweep.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
+    assert read_sweep(tmp_path / "sweep.toml", Path("~/out")).runs[0].folder.parent == tmp_path / "out"
+
+
 def test_kind_of_training_that_changed_is_refused(sweep, content, capsys):
     only = ("--only", "7-*-central-seed0")
     assert sweep(content, *only) == 0
@@ -290,6 +296,17 @@ def test_table_says_where_the_data_are_the_sample_or_differ(sweep, content, tmp_
     assert sweep(content) == 0
     differing = "dataset (dolly, bundled sample / dolly); rows (data_sha256 "
     assert f"Not a fair comparison: the runs of 7 experts differ in: {differing}" in capsys.readouterr().out
+
+
+def test_name_of_a_row_is_no_markup(content, tmp_path):
+    content["rows"] = {"x[/b]": {}}
+    del content["paper"]
+    (tmp_path / "sweep.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
+    runs = read_sweep(tmp_path / "sweep.toml", tmp_path / "out").runs
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with sweep_command._shown(console, runs, {one.folder: "waiting" for one in runs}):
+        pass
+    assert "x[/b]" in console.file.getvalue()
 
 
 def test_table_longer_than_the_terminal_shows_what_runs_what_ended_last_and_how_many(content, tmp_path):
