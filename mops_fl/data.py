@@ -16,7 +16,7 @@ from mops_fl.config import DataConfig
 from mops_fl.errors import InputError
 from mops_fl.sources import DataSource, resolve_data
 from mops_fl.task_choice import choose_tasks, list_tasks
-from mops_fl.task_files import TaskFile, default_tasks, find_task_files, read_task_file
+from mops_fl.task_files import TaskFile, default_tasks, find_task_files, read_task_file, require_characters
 
 # The paper's seven; `general_qa`, Dolly's eighth, is not used.
 DOLLY_TASKS = (
@@ -194,8 +194,10 @@ def read_dolly(path: Path, *, any_task: bool = False) -> Iterator[Row]:
     """
     seen: set[tuple[str, str, str]] = set()
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
                 row = _parse_dolly_line(line, number, path, any_task)
                 if row is not None and (row.instruction, row.context, row.response) not in seen:
                     seen.add((row.instruction, row.context, row.response))
@@ -289,6 +291,7 @@ def _parse_dolly_line(line: str, number: int, path: Path, any_task: bool) -> Row
             f"{where} is not a JSON object with the texts instruction, context, response and category; "
             "correct or remove it."
         ) from error
+    require_characters(where, instruction, context, response, task)
     if task in DOLLY_UNUSED and not any_task:
         return None
     if task not in DOLLY_TASKS and not (any_task and task):
