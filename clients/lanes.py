@@ -48,10 +48,20 @@ class Lanes:
     def map(self, task: Callable[[Item], Answer], items: Iterable[Item], /) -> Iterator[Answer]:
         """Like the built-in `map`, all lanes at once; not to be called from a lane.
 
-        Each item is computed on as many cores whatever runs beside it, so that its answer is the same to the bit.
+        Each item is computed on as many cores whatever runs beside it, so that its answer is the same to the bit. Where
+        one raises, or an interrupt does, those that still wait are not computed any more.
         """
         futures = [self.submit(lambda item=item: task(item), beside=self.count) for item in items]  # type: ignore[misc]
-        return (future.result() for future in futures)
+
+        def answers() -> Iterator[Answer]:
+            try:
+                for future in futures:
+                    yield future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
+
+        return answers()
 
     def take_share(self, beside: int) -> None:
         """Let the calling thread compute on one of `beside` equal shares of the cores, at least on one core."""

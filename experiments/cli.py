@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before anything imports flwr, which reads it then
 
@@ -34,6 +35,13 @@ COMMANDS = {
     "certificates": ("certificates", "make the certificates and keys of a deployment"),
     "deploy-demo": ("deploy_demo_command", "deploy a SuperLink and SuperNodes on this machine, and run"),
 }
+
+
+def command() -> NoReturn:
+    """Run one command and end the process; training that is still queued in threads must not keep it."""
+    code = main()
+    sys.stderr.flush()  # of stdout main has done it
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -249,12 +249,12 @@ def _to_rich(table: ComparisonTable) -> Table:
     rows = [row for block in table.blocks for row in block.rows]
     for column, cells in enumerate(zip(table.columns, *rows, strict=True)):
         longest_word = max(len(word) for cell in cells for word in cell.split())
-        shown.add_column(cells[0], justify="right" if column else "left", min_width=longest_word)
+        shown.add_column(escape(cells[0]), justify="right" if column else "left", min_width=longest_word)
     for block in table.blocks:
         shown.add_section()
-        shown.add_row(block.heading, style="italic")
+        shown.add_row(escape(block.heading), style="italic")
         for row in block.rows:
-            shown.add_row(escape(row[0]), *row[1:], style="bold" if row[0] == readable(ALL_TASKS) else None)
+            shown.add_row(*map(escape, row), style="bold" if row[0] == readable(ALL_TASKS) else None)
     return shown
 
 

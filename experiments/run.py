@@ -100,7 +100,8 @@ class Run(ABC):
             self._finish(self._checkpoint)
         except BaseException as error:
             self._folder.mark("failed" if isinstance(error, Exception) else "interrupted")
-            if isinstance(error, SystemExit):  # of rich, where a pipe is closed; Flower's thread would swallow it
+            # What rich makes of a closed pipe; Flower's thread would swallow it. Flower ends a ServerApp by others.
+            if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
                 raise RunError("Nobody reads any more what the run prints; go on with --resume.") from error
             raise
         finally:

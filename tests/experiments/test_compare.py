@@ -163,6 +163,12 @@ def test_name_of_a_task_is_no_markup(make_run, capsys) -> None:
     assert "x[/b]" in printed
 
 
+def test_value_that_tells_runs_apart_is_no_markup(make_run, capsys) -> None:
+    runs = [make_run("a", tasks="[/x]*"), make_run("b", tasks="y*")]
+    run_command(*(run.path for run in runs))
+    assert "[/x]*" in capsys.readouterr().out
+
+
 def test_output_is_beside_the_first_run_unless_named(make_run) -> None:
     runs = [make_run("a"), make_run("b", seed=2)]
     run_command(*(run.path for run in runs))

@@ -229,12 +229,25 @@ def test_disk_that_is_really_full_and_then_read_only(command, small_disk):
 
 def test_pipe_that_nobody_reads_any_more_ends_the_run_with_one_sentence(command, monkeypatch, tmp_path):
     def closed(*_):
-        raise SystemExit(1)  # as rich's Console does
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904  # as rich's Console does
 
     monkeypatch.setattr(Display, "round", closed)
     code, _, errors = command()
     assert code == 1
     assert "Nobody reads any more what the run prints; go on with --resume." in one_sentence(errors)
+    assert RunFolder.open(tmp_path / "run").summary["status"] == "interrupted"
+
+
+def test_end_that_flower_asks_for_is_handed_on(command, monkeypatch, tmp_path):
+    def stopped(*_):
+        raise SystemExit(0)  # as Flower's handler of SIGTERM does in a ServerApp
+
+    monkeypatch.setattr(Display, "round", stopped)
+    with pytest.raises(SystemExit, match="0"):
+        command()
     assert RunFolder.open(tmp_path / "run").summary["status"] == "interrupted"
 
 

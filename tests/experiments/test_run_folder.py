@@ -12,7 +12,7 @@ import pytest
 
 from experiments import run_folder
 from experiments.measurements import series, task_names
-from experiments.run_folder import COPIED, RunFolder
+from experiments.run_folder import COPIED, RunFolder, output_dir
 from mops_fl.errors import InputError
 
 CONFIG = {"method": "mops", "seed": 3, "lr": 0.01, "resume": False}
@@ -44,6 +44,11 @@ def test_each_process_that_goes_on_with_a_run_is_named_beside_the_first(tmp_path
     assert [process["versions"] for process in found.manifest["resumed"]] == [{"torch": "98"}, {"torch": "99"}]
     assert found.manifest["resumed"][0].keys() == first.keys() - {"config"}
     assert {**found.manifest, "resumed": []} == {**first, "config": {**CONFIG, "seed": 4}, "resumed": []}
+
+
+def test_output_dir_below_the_home_folder(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert output_dir({"dataset": "dolly", "method": "mops", "output-dir": "~/runs/a"}) == Path("/home/ada/runs/a")
 
 
 def test_create_takes_an_empty_folder_and_refuses_a_used_one(tmp_path: Path) -> None:
