@@ -146,18 +146,14 @@ def without_held_out(data: TaskData, config: DataConfig) -> TaskData:
         InputError: no task would be left to train on, or there is none of such a name.
     """
     unseen = choose_tasks(config.held_out_tasks, data.tasks, "those chosen", key="held-out-tasks")
+    if set(unseen) == set(data.tasks):
+        raise InputError("`held-out-tasks` names every task; leave at least one to train on.")
     return hold_out(data, unseen) if unseen else data
 
 
 def hold_out(data: TaskData, unseen: tuple[str, ...]) -> TaskData:
-    """The same data with some tasks only tested; every row stays in the part that it was drawn for, or leaves it.
-
-    Raises:
-        InputError: no task would be left to train on.
-    """
+    """The same data with some tasks only tested; every row stays in the part that it was drawn for, or leaves it."""
     seen = tuple(task for task in data.tasks if task not in unseen)
-    if not seen:
-        raise InputError("`held-out-tasks` names every task; leave at least one to train on.")
     return replace(
         data,
         tasks=seen + unseen,
