@@ -122,7 +122,7 @@ def test_signal_ends_the_command_in_seconds_though_minutes_of_work_are_queued(
         json.dumps(
             {"instruction": f"{task} {number} " + "why? " * 40, "context": "", "response": "so " * 80, "category": task}
         )
-        for number in range(3000)
+        for number in range(1500)
         for task in DOLLY_TASKS
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
@@ -130,7 +130,7 @@ def test_signal_ends_the_command_in_seconds_though_minutes_of_work_are_queued(
         "backbone": str(tmp_path / "model"),
         "data-path": str(tmp_path / "rows.jsonl"),
         "output-dir": str(tmp_path / "run"),
-        "num-rows": 3000 * len(DOLLY_TASKS),
+        "num-rows": 1500 * len(DOLLY_TASKS),
         "eval-rows": 0,
         "max-length": 400,
     }
