@@ -124,7 +124,7 @@ def read_context(path: Path) -> str:
         InputError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The context {path} cannot be read ({error}); give a text file in UTF-8.") from error
 

@@ -39,11 +39,9 @@ COMMANDS = {
 
 
 def command() -> NoReturn:
-    """Run one command and end the process; threads that still have work in their queue must not keep it."""
+    """Run one command and end the process; training that is still queued in threads must not keep it."""
     code = main()
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    sys.stderr.flush()  # of stdout main has done it
     os._exit(code)
 
 

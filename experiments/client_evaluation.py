@@ -1,7 +1,7 @@
 """Perplexity where nobody has everyone's test rows: each client measures on rows it keeps back, and sums are added."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def evaluate_on_clients(
     grid: Grid,
-    node_ids: Iterable[int],
+    node_ids: Sequence[int],
     request: EvaluateRequest,
     *,
     num_experts: int,
@@ -32,7 +32,7 @@ def evaluate_on_clients(
 
     Args:
         grid: the connection to the nodes.
-        node_ids: nodes that have rows.
+        node_ids: nodes that have rows, in the order of their clients.
         request: what to measure.
         num_experts: experts of the adapter's gate, 0 without one.
         tokens_per_row: most that one row may have.
@@ -59,5 +59,6 @@ def evaluate_on_clients(
         raise RunError(f"None of {len(questions)} clients could evaluate; the warnings above say why.")
     if not any(sum(result.num_tokens) for result in results.values()):
         raise RunError("No client keeps rows back to measure on; give each two of a task at least.")
-    # In one order, since a sum of floats depends on it.
-    return Evaluation.of_sums(request.tasks, [results[node_id] for node_id in sorted(results)]), len(results)
+    # In the order asked, the clients': a sum of floats depends on it, and node ids are other ones in every run.
+    answered = [results[node_id] for node_id in node_ids if node_id in results]
+    return Evaluation.of_sums(request.tasks, answered), len(results)

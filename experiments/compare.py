@@ -252,7 +252,7 @@ def _to_rich(table: ComparisonTable) -> Table:
         shown.add_column(escape(cells[0]), justify="right" if column else "left", min_width=longest_word)
     for block in table.blocks:
         shown.add_section()
-        shown.add_row(block.heading, style="italic")
+        shown.add_row(escape(block.heading), style="italic")
         for row in block.rows:
             shown.add_row(*map(escape, row), style="bold" if row[0] == readable(ALL_TASKS) else None)
     return shown

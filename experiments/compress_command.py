@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from clients.config import ClientConfig
+from clients.row_owners import RowOwners
 from experiments.app_folder import AppFolder
 from mops_fl.compressed import (
     NotPrunedError,
@@ -16,7 +18,7 @@ from mops_fl.compressed import (
     read_compression_receipt,
     resolve_model,
 )
-from mops_fl.config import BackboneConfig, DataConfig, Scalar, read_section, require_at_least
+from mops_fl.config import Scalar, require_at_least
 from mops_fl.recipe import PruningRecipe
 
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 64, 512
@@ -61,16 +63,16 @@ def run(args: argparse.Namespace) -> int:
     run_config = AppFolder.find(args.app).run_config(args.run_config)
     given = {"backbone": args.backbone, "data-path": args.data, "compression": args.recipe}
     run_config |= {key: value for key, value in given.items() if value is not None}
-    backbone, data_config = read_section(BackboneConfig, run_config).backbone, read_section(DataConfig, run_config)
+    config = ClientConfig.from_run_config(run_config)
+    backbone = config.backbone.backbone
     require_at_least("calibration-rows", args.calibration_rows, 1)
     require_at_least("calibration-length", args.calibration_length, 16)
 
     # Slow imports, not needed to refuse a wrong value.
     from mops_fl.compression import Calibration, compress
-    from mops_fl.data import load_task_data
 
     console = Console(highlight=False)
-    data = load_task_data(data_config)
+    data = RowOwners(config, own_data="").data
     console.print(f"{backbone}, {recipe}, calibrated on rows of the server's: {data.description}", markup=False)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             backbone,
             recipe,
             data,
-            data_config,
+            config.data,
             calibration,
             lambda line: bar.update(task, description=line) if console.is_terminal else console.print(line),
         )
@@ -89,32 +91,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def prune_if_missing(run_config: Mapping[str, Scalar], say: Callable[[str], None]) -> None:
+def prune_if_missing(run_config: Mapping[str, Scalar], say: Callable[[str], None]) -> str:
     """Prune the backbone that a run-config names as its `compression` says, unless that was done on its server's rows.
+
+    Returns:
+        The `compression`, with the key of the model if there is one alone that was pruned on those rows.
 
     Raises:
         InputError: model, data or llmcompressor are missing.
     """
-    backbone, data_config = read_section(BackboneConfig, run_config), read_section(DataConfig, run_config)
+    config = ClientConfig.from_run_config(run_config)
+    backbone = config.backbone
     if backbone.compression == "none":
-        return
+        return backbone.compression
     from mops_fl.compression import Calibration, compress
-    from mops_fl.data import load_task_data
 
-    data = load_task_data(data_config)
+    data = RowOwners(config, own_data="").data
     try:
         resolve_model(calibrated_on(data, backbone))
     except SeveralPrunedError:
-        return  # the run says which there are
+        pass  # the run says which there are
     except NotPrunedError:
         compress(
             backbone.backbone,
             PruningRecipe.parse(backbone.compression),
             data,
-            data_config,
+            config.data,
             Calibration(CALIBRATION_ROWS, CALIBRATION_LENGTH),
             say,
         )
+    return calibrated_on(data, backbone).compression
 
 
 def _table(receipt: Mapping[str, Any]) -> Table:

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.app_folder import AppFolder
+from experiments.compress_command import prune_if_missing
 from experiments.config import ExperimentConfig
 from experiments.deployment import CONNECTION, DeploymentError, LocalDeployment
 from experiments.measurements import series
@@ -33,6 +34,7 @@ from mops_fl.compressed import resolve_model
 from mops_fl.config import Scalar
 from mops_fl.data import DOLLY_TASKS, Row, read_dolly
 from mops_fl.errors import InputError
+from mops_fl.recipe import PruningRecipe
 from mops_fl.sources import resolve_dolly
 from partitioning import OWN_ROWS
 from partitioning.registry import PartitionConfig, partition_rows
@@ -80,8 +82,11 @@ def run(args: argparse.Namespace) -> int:
         try:
             with deployment:
                 files = cut_data(args.data, Path(scratch), args.nodes, int(run_config["seed"]))
+                run_config["data-path"] = str(files[0])
+                # By its key the nodes, which do not have the server's rows, know it among others of the recipe.
+                run_config["compression"] = prune_if_missing(run_config, lambda line: console.print(line, markup=False))
                 _start(deployment, files, console)
-                _run(deployment, AppFolder.find(args.app), {**run_config, "data-path": str(files[0])})
+                _run(deployment, AppFolder.find(args.app), run_config)
             output = output_dir(run_config)
             if not (output / CONFIG).is_file():
                 raise DeploymentError("The run did not even begin")
@@ -161,7 +166,9 @@ def _run_config(args: argparse.Namespace) -> dict[str, Scalar]:
     }
     if "clients-per-round" not in given:
         values["clients-per-round"] = min(args.nodes, int(values["clients-per-round"]))
-    resolve_model(ExperimentConfig.from_run_config(values).client.backbone)
+    backbone = ExperimentConfig.from_run_config(values).client.backbone
+    if backbone.compression == "none" or PruningRecipe.parse(backbone.compression).key:
+        resolve_model(backbone)  # one that no key names depends on the server's rows, which are yet to be cut
     require_empty(output_dir(values))
     return values
 

@@ -67,7 +67,7 @@ class FederatedRun(Run):
     def _ask_clients(self, request: EvaluateRequest, num_experts: int) -> tuple[Evaluation, int]:
         """What the connected clients measure, and how many are missing from it."""
         connected = self._roll_call(self._grid)
-        nodes = self._sampler.node_of.values()
+        nodes = [node_id for _, node_id in sorted(self._sampler.node_of.items())]
         evaluation, num_measured = evaluate_on_clients(
             self._grid,
             [node_id for node_id in nodes if node_id in connected],

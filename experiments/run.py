@@ -100,7 +100,7 @@ class Run(ABC):
             self._finish(self._checkpoint)
         except BaseException as error:
             self._folder.mark("failed" if isinstance(error, Exception) else "interrupted")
-            # Of rich, where a pipe is closed; Flower's thread would swallow it. Flower's own ends it on a signal.
+            # What rich makes of a closed pipe; Flower's thread would swallow it. Flower ends a ServerApp by others.
             if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
                 raise RunError("Nobody reads any more what the run prints; go on with --resume.") from error
             raise

@@ -228,11 +228,8 @@ class RunFolder:
 
 
 def output_dir(run_config: Mapping[str, Scalar]) -> Path:
-    """The absolute path of a run's folder: as configured, else `runs/<dataset>-<method>-<UTC time>`.
-
-    The time goes to the microsecond, so that runs which are started together do not share a folder.
-    """
-    default = f"runs/{run_config['dataset']}-{run_config['method']}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+    """The absolute path of a run's folder: as configured, else `runs/<dataset>-<method>-<UTC time>`."""
+    default = f"runs/{run_config['dataset']}-{run_config['method']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     return Path(str(run_config["output-dir"] or default)).expanduser().absolute()
 
 

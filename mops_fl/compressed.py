@@ -86,8 +86,8 @@ def calibrated_on(data: TaskData, config: BackboneConfig) -> BackboneConfig:
         recipe = PruningRecipe.parse(config.compression)
         raise NotPrunedError(
             f"{config.backbone} was pruned by {recipe} on other rows than those of this run's server: run `mops-fl "
-            f"compress --backbone {config.backbone} --recipe {recipe}` with this run's data, or set `compression` to "
-            f"what is there: {_names(recipe, found)}."
+            f"compress --backbone {config.backbone} --recipe {recipe}` with this run's data and --run-config, or set "
+            f"`compression` to what is there: {_names(recipe, found)}."
         )
     return _by_key(config, own[0]) if len(own) == 1 else config
 

@@ -87,6 +87,7 @@ class DataConfig:
         require_at_least("num-rows", self.num_rows, 2)
         require_at_least("server-rows", self.server_rows, 0)
         require_at_least("max-length", self.max_length, 16)
+        require_at_least("data-seed", self.data_seed, 0)
         if not 0 < self.test_fraction < 1:
             raise InputError(f"test-fraction is {self.test_fraction}; set it between 0 and 1, for instance 0.1.")
 

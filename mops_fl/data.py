@@ -16,7 +16,7 @@ from mops_fl.config import DataConfig
 from mops_fl.errors import InputError
 from mops_fl.sources import DataSource, resolve_data
 from mops_fl.task_choice import choose_tasks, list_tasks
-from mops_fl.task_files import TaskFile, default_tasks, find_task_files, read_task_file
+from mops_fl.task_files import TaskFile, default_tasks, find_task_files, read_task_file, require_characters
 
 # The paper's seven; `general_qa`, Dolly's eighth, is not used.
 DOLLY_TASKS = (
@@ -146,18 +146,14 @@ def without_held_out(data: TaskData, config: DataConfig) -> TaskData:
         InputError: no task would be left to train on, or there is none of such a name.
     """
     unseen = choose_tasks(config.held_out_tasks, data.tasks, "those chosen", key="held-out-tasks")
+    if set(unseen) == set(data.tasks):
+        raise InputError("`held-out-tasks` names every task; leave at least one to train on.")
     return hold_out(data, unseen) if unseen else data
 
 
 def hold_out(data: TaskData, unseen: tuple[str, ...]) -> TaskData:
-    """The same data with some tasks only tested; every row stays in the part that it was drawn for, or leaves it.
-
-    Raises:
-        InputError: no task would be left to train on.
-    """
+    """The same data with some tasks only tested; every row stays in the part that it was drawn for, or leaves it."""
     seen = tuple(task for task in data.tasks if task not in unseen)
-    if not seen:
-        raise InputError("`held-out-tasks` names every task; leave at least one to train on.")
     return replace(
         data,
         tasks=seen + unseen,
@@ -194,8 +190,10 @@ def read_dolly(path: Path, *, any_task: bool = False) -> Iterator[Row]:
     """
     seen: set[tuple[str, str, str]] = set()
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
                 row = _parse_dolly_line(line, number, path, any_task)
                 if row is not None and (row.instruction, row.context, row.response) not in seen:
                     seen.add((row.instruction, row.context, row.response))
@@ -289,6 +287,7 @@ def _parse_dolly_line(line: str, number: int, path: Path, any_task: bool) -> Row
             f"{where} is not a JSON object with the texts instruction, context, response and category; "
             "correct or remove it."
         ) from error
+    require_characters(where, instruction, context, response, task)
     if task in DOLLY_UNUSED and not any_task:
         return None
     if task not in DOLLY_TASKS and not (any_task and task):

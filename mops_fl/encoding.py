@@ -114,7 +114,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> 
         context = CONTEXT + turn.context if turn.context else ""
         for text in (INSTRUCTION, turn.instruction, context, RESPONSE, turn.response):
             token_ids += text_tokens(tokenizer, text)
-        if turn.response:
+        if turn is not turns[-1]:
             token_ids.append(tokenizer.eos_token_id)
     return token_ids
 
@@ -125,5 +125,5 @@ def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a piece of text, nothing put before or behind it."""
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    """The tokens of a piece of text, nothing put before or behind it; what looks like a control token is text."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)

@@ -46,7 +46,7 @@ def load_server_rows(config: DataConfig, *, with_test: bool) -> TaskData:
 
 
 def load_own_rows(config: DataConfig, path: str) -> TaskData:
-    """All rows of a client's own file or folder, as training rows; it may lack tasks.
+    """All rows of a client's own file or folder, as training rows; it may lack tasks, or have held-out ones only.
 
     Raises:
         InputError: as `mops_fl.data.load_task_data`, or there is no row of the configured tasks.

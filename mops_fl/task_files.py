@@ -101,7 +101,7 @@ def read_task_file(path: Path) -> TaskFile:
         InputError: the file cannot be read or is not of the schema; the message names it, and the instance.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:  # broken JSON and broken UTF-8 are both ValueErrors
         raise InputError(f"{path} cannot be read ({error}); fetch or copy it again.") from error
     fields: dict[str, Any] = content if isinstance(content, dict) else {}
@@ -110,11 +110,24 @@ def read_task_file(path: Path) -> TaskFile:
         definition = definition[0]
     if not isinstance(definition, str) or not definition.strip():
         raise InputError(f"{path} has no text as `Definition`; {_SCHEMA}.")
+    require_characters(path, definition)
     instances = fields.get("Instances")
     if not isinstance(instances, list) or not instances:
         raise InputError(f"{path} has no list of `Instances`; {_SCHEMA}.")
     parsed = (_parse_instance(instance, number, path) for number, instance in enumerate(instances, start=1))
     return TaskFile(path.stem, definition.strip(), tuple(parsed))
+
+
+def require_characters(where: object, *texts: str) -> None:
+    """Refuse what JSON can name but no tokenizer reads: half of a pair of surrogates, as left by a cut in an emoji.
+
+    Raises:
+        InputError: a text cannot be written in UTF-8.
+    """
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} has half a character (a lone surrogate); correct or remove it.") from error
 
 
 def _parse_instance(content: object, number: int, path: Path) -> Instance:
@@ -127,4 +140,5 @@ def _parse_instance(content: object, number: int, path: Path) -> Instance:
         raise InputError(f"{where} has no list of texts as `output`; correct or remove it.")
     if not outputs or not all(output.strip() for output in outputs):
         raise InputError(f"{where} has an empty `output`; correct or remove it.")
+    require_characters(where, text, *outputs)
     return Instance(text.strip(), tuple(dict.fromkeys(output.strip() for output in outputs)))

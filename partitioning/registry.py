@@ -48,8 +48,8 @@ class PartitionConfig:
             raise ValueError(f"Unknown partitioner '{self.partitioner}'; choose one of: {known}.")
         if self.num_clients < 1:
             raise ValueError(f"num-clients is {self.num_clients}, but it must be at least 1.")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, but it must be at least 0.")
+        if not 0 <= self.seed < 2**63:  # PyTorch's generators take no more
+            raise ValueError(f"seed is {self.seed}, but it must be at least 0 and below 2**63.")
         if not (math.isfinite(self.skew) and self.skew >= 1):
             raise ValueError(f"skew is {self.skew}, but it must be a finite number of at least 1.")
         if not (math.isfinite(self.dirichlet_alpha) and self.dirichlet_alpha > 0):

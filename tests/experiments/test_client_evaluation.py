@@ -70,6 +70,15 @@ def test_sums_of_all_clients_are_one_measurement():
     assert measured.perplexity() == {"all": math.exp(12 / 9), "qa": math.exp(2), "chat": math.exp(0.5)}
 
 
+def test_sum_is_the_same_to_the_bit_whatever_ids_the_nodes_have():
+    results = [EvaluateResult((loss, 0.0), (1, 0), (1, 0), (1.0, 0.0, 0.0, 0.0)) for loss in (0.1, 0.2, 0.3)]
+    sums = [
+        ask(dict(zip(ids, map(encode_evaluate_result, results), strict=True)))[0].loss_sum
+        for ids in itertools.permutations((5, 6, 7))
+    ]
+    assert len({*sums}) == 1
+
+
 def test_client_without_a_usable_answer_is_left_out_with_a_warning(caplog):
     broken = RecordDict({METRICS: MetricRecord({"loss-sum": [1.0]})})
     measured, num_clients = ask({5: encode_evaluate_result(THERE), 6: Error(2, "no rows"), 7: broken})

@@ -163,8 +163,8 @@ def test_name_of_a_task_is_no_markup(make_run, capsys) -> None:
     assert "x[/b]" in printed
 
 
-def test_head_of_a_column_is_no_markup(make_run, capsys) -> None:
-    runs = [make_run("a", tasks="[/x]*"), make_run("b", tasks="")]
+def test_value_that_tells_runs_apart_is_no_markup(make_run, capsys) -> None:
+    runs = [make_run("a", tasks="[/x]*"), make_run("b", tasks="y*")]
     run_command(*(run.path for run in runs))
     assert "[/x]*" in capsys.readouterr().out
 

@@ -2,10 +2,13 @@ import json
 
 import pytest
 
+from clients.trainer import Trainer
 from experiments import compress_command
 from experiments.cli import main
 from experiments.compress_command import prune_if_missing
 from mops_fl.compressed import COMPRESSION_RECEIPT, SeveralPrunedError
+from mops_fl.config import DataConfig, read_section
+from mops_fl.own_rows import load_server_rows
 
 SMALL = "num-rows=210 server-rows=35 max-length=64 dtype='float32'"
 
@@ -59,6 +62,19 @@ def test_choice_among_several_is_left_to_the_run(run_config, monkeypatch):
 
     monkeypatch.setattr(compress_command, "resolve_model", several)
     prune_if_missing(run_config({"compression": "wanda:75%"}), say=pytest.fail)
+
+
+@pytest.mark.parametrize("evaluate_on", ["server", "clients"])
+def test_run_with_own_rows_takes_what_was_pruned_with_its_run_config(press, run_config, tmp_path, evaluate_on):
+    own = f"partitioner='own-rows' evaluate-on='{evaluate_on}'"
+    assert press("--recipe", "wanda:75%", "--run-config", own) == 0
+    (folder,) = (tmp_path / "cache" / "compressed").iterdir()
+    receipt = json.loads((folder / COMPRESSION_RECEIPT).read_text())
+    values = run_config({"partitioner": "own-rows", "evaluate-on": evaluate_on, "compression": "wanda:75%"})
+    data = load_server_rows(read_section(DataConfig, values), with_test=evaluate_on == "server")
+    assert set(receipt["calibration"]["rows-sha256"]) <= {row.sha256 for row in data.server}
+    assert Trainer(values).setting().data_sha256 == data.sha256
+    assert prune_if_missing(values, say=pytest.fail) == f"wanda:75%@{receipt['key']}"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from clients.trainer import Trainer
 from experiments import deploy_demo_command
 from experiments.cli import main
 from experiments.deploy_demo_command import SERVER_ROWS_PER_TASK, cut_data
@@ -64,6 +65,8 @@ def test_file_without_a_row_for_every_node_is_refused(tmp_path, beside_the_serve
         (["-c", "resume=true"], "cannot go on with a run; take `resume` out"),
         (["-c", "clients-per-round=4"], "`clients-per-round` is 4, but `num-clients` is 3"),
         (["-c", "backbone='someone/no-such-model'"], "neither a local folder nor in the cache"),
+        (["-c", "backbone='someone/no-such-model' compression='wanda:75%'"], "neither a local folder nor in the cache"),
+        (["-c", "compression='wanda:75%@1a2b'"], "pruned by wanda:75%@1a2b is not in the cache"),
         (["--data", "missing.jsonl"], "which does not exist"),
     ],
 )
@@ -103,6 +106,26 @@ def test_run_that_never_begins_shows_the_logs(no_deployment, tiny_model_folder, 
     assert main(["deploy-demo", "-c", f"backbone='{tiny_model_folder}'"]) == 1
     errors = capsys.readouterr().err
     assert "The run did not even begin; the logs end with\nthe SuperNode's last words" in errors
+
+
+def test_missing_model_is_pruned_on_the_servers_rows_and_named_by_its_key(
+    no_deployment, tiny_model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MOPS_CACHE", str(tmp_path / "cache"))
+    ran = []
+
+    def take(_deployment, _app, run_config):
+        ran.append((run_config["compression"], Trainer(run_config).setting().rows["server"]))
+
+    monkeypatch.setattr(deploy_demo_command, "_run", take)
+    small = f"backbone='{tiny_model_folder}' inject-layer=2 max-length=64 dtype='float32' compression='wanda:75%'"
+    for seed in (0, 0, 1):
+        assert main(["deploy-demo", "-c", small, "-c", f"seed={seed}"]) == 1  # nothing begins here
+    (first, rows), again, (other, _) = ran
+    assert again == (first, rows)
+    assert {first, other} == {f"wanda:75%@{path.name[-12:]}" for path in (tmp_path / "cache" / "compressed").iterdir()}
+    assert first != other
+    assert rows == SERVER_ROWS_PER_TASK * len(DOLLY_TASKS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -57,7 +57,6 @@ def test_eighth_task_is_skipped_even_where_it_is_incomplete(tmp_path):
 
 BAD_LINES = {
     "no JSON": ("{'instruction': 1}", "not a JSON object"),
-    "empty": ("", "not a JSON object"),
     "cut off": (json.dumps(GOOD)[:-5], "not a JSON object"),
     "a list": ([1, 2], "not a JSON object"),
     "missing column": ({key: GOOD[key] for key in ("instruction", "context", "response")}, "category"),
@@ -65,6 +64,7 @@ BAD_LINES = {
     "null as text": ({**GOOD, "context": None}, "not a JSON object with the texts"),
     "no response": ({**GOOD, "response": " "}, "has no response"),
     "no instruction": ({**GOOD, "instruction": ""}, "has no instruction"),
+    "half a character": (json.dumps({**GOOD, "context": "\ud83d"}), "has half a character"),
     "unknown task": ({**GOOD, "category": "poetry"}, "unknown task 'poetry'"),
 }
 
@@ -77,6 +77,12 @@ def test_bad_line_is_refused_with_file_and_line(line, reason, name, tmp_path):
         list(read_dolly(path))
     assert str(error.value).startswith(f"Line 3 of {path}")
     assert reason in str(error.value)
+
+
+def test_mark_of_byte_order_and_blank_lines_are_no_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\ufeff" + json.dumps(GOOD) + "\n\n" + json.dumps({**GOOD, "response": "blue"}) + "\n\n", "utf-8")
+    assert [row.row_id for row in read_dolly(path)] == [0, 2]
 
 
 def cut_in_half(content):

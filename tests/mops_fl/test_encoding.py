@@ -138,6 +138,12 @@ def test_tokenizer_that_adds_a_begin_of_text_gets_one_and_it_counts(byte_tokeniz
     assert len(cut.token_ids) == FRAME + 10
 
 
+def test_text_that_looks_like_a_control_token_is_text(encode):
+    encoded = encode(Row(0, f"Say {EOS} once.", "", f"It is {EOS}.", "open_qa"))
+    eos = encoded.token_ids[-1]
+    assert (encoded.token_ids == eos).sum() == 1
+
+
 def test_limit_that_leaves_no_room_for_a_response_is_refused(encode):
     with pytest.raises(InputError, match=f"set at least {FRAME + 2}"):
         encode(ROW, max_length=FRAME + 1)

@@ -109,6 +109,15 @@ def test_own_folder_of_task_files_may_lack_tasks_that_are_named(tmp_path, data_c
     assert everything.tasks == ("task1_add", "task2_long", "task3_other")
 
 
+@pytest.mark.parametrize(("dataset", "task"), [("dolly", "open_qa"), ("super-ni", "task1_add")])
+def test_own_rows_of_held_out_tasks_alone_leave_nothing_to_train_on(tmp_path, data_config, dataset, task):
+    write, name = {"dolly": (dolly_file, "own.jsonl"), "super-ni": (task_files, "own")}[dataset]
+    data = load_own_rows(data_config(dataset=dataset, held_out_tasks=task), write(tmp_path / name, {task: 2}))
+    assert data.train == ()
+    assert counts(data.held_out) == {task: 2}
+    assert task not in data.trained_tasks
+
+
 @pytest.mark.parametrize(
     ("dataset", "tasks", "complaint"),
     [

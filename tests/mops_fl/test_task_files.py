@@ -82,6 +82,7 @@ def test_bad_file_is_refused_by_name(content, reason, write):
 
 
 BAD_INSTANCES = {
+    "half a character": ({**INSTANCE, "input": "\ud83d"}, "half a character (a lone surrogate)"),
     "no input": ({"output": ["red"]}, "no text as `input`"),
     "number as input": ({**INSTANCE, "input": 3}, "no text as `input`"),
     "a text": ("red", "no text as `input`"),
