@@ -4,7 +4,6 @@ Only the module of the command that is called is imported: what some of them nee
 """
 
 import argparse
-import contextlib
 import importlib
 import os
 import signal

@@ -229,7 +229,7 @@ class RunFolder:
 
 def output_dir(run_config: Mapping[str, Scalar]) -> Path:
     """The absolute path of a run's folder: as configured, else `runs/<dataset>-<method>-<UTC time>`."""
-    default = f"runs/{run_config['dataset']}-{run_config['method']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    default = f"runs/{run_config['dataset']}-{run_config['method']}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
     return Path(str(run_config["output-dir"] or default)).expanduser().absolute()
 
 

@@ -15,9 +15,6 @@ from experiments.cli import main
 from experiments.run_folder import RunFolder
 from mops_fl.adapter_folder import load_adapter
 from mops_fl.config import METHODS
-from mops_fl.data import DOLLY_TASKS
-
-PROJECT = Path(__file__).parents[2]
 
 PROJECT = Path(__file__).parents[2]
 # The console script, with more batches of test rows than are done in minutes.
@@ -127,41 +124,21 @@ def test_clipping_is_refused(train, capsys):
     assert "`clip-norm` is 1.0, but central training has no clients; set it to 0" in capsys.readouterr().err
 
 
-def test_signal_ends_the_command_in_seconds_though_minutes_of_work_are_queued(
-    run_config, tiny_model, byte_tokenizer, tmp_path
-):
-    tiny_model("llama", hidden_size=512, num_hidden_layers=8, intermediate_size=1024).save_pretrained(
-        tmp_path / "model"
-    )
-    byte_tokenizer.save_pretrained(tmp_path / "model")
-    rows = [
-        json.dumps(
-            {"instruction": f"{task} {number} " + "why? " * 40, "context": "", "response": "so " * 80, "category": task}
-        )
-        for number in range(1500)
-        for task in DOLLY_TASKS
-    ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    changes = {
-        "backbone": str(tmp_path / "model"),
-        "data-path": str(tmp_path / "rows.jsonl"),
-        "output-dir": str(tmp_path / "run"),
-        "num-rows": 1500 * len(DOLLY_TASKS),
-        "eval-rows": 0,
-        "max-length": 400,
-    }
-    (tmp_path / "values.toml").write_text(tomli_w.dumps(run_config(changes)), encoding="utf-8")
+def test_signal_ends_the_command_in_seconds_though_minutes_of_work_are_queued(run_config, tmp_path):
+    (tmp_path / "values.toml").write_text(tomli_w.dumps(run_config({"output-dir": str(tmp_path / "run")})), "utf-8")
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    module, function = project["scripts"]["mops-fl"].split(":")
-    code = f"from {module} import {function}; {function}()"
     words = ["train", "--app", "experiments.dolly", "-c", str(tmp_path / "values.toml")]
     with subprocess.Popen(
-        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", ENDLESS_EVALUATION.format(*project["scripts"]["mops-fl"].split(":")), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
-        process.stdout.readline()
-        process.send_signal(signal.SIGINT)
         try:
+            assert "queued\n" in process.stdout
+            process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=30)
         finally:
             process.kill()
     assert (process.returncode, errors) == (130, "mops-fl train: interrupted; go on with --resume\n")
+    assert RunFolder.open(tmp_path / "run").results()["status"] == "unfinished"

@@ -46,11 +46,6 @@ def test_each_process_that_goes_on_with_a_run_is_named_beside_the_first(tmp_path
     assert {**found.manifest, "resumed": []} == {**first, "config": {**CONFIG, "seed": 4}, "resumed": []}
 
 
-def test_output_dir_below_the_home_folder(monkeypatch) -> None:
-    monkeypatch.setenv("HOME", "/home/ada")
-    assert output_dir({"dataset": "dolly", "method": "mops", "output-dir": "~/runs/a"}) == Path("/home/ada/runs/a")
-
-
 def test_create_takes_an_empty_folder_and_refuses_a_used_one(tmp_path: Path) -> None:
     RunFolder.create(tmp_path, CONFIG)
     before = (tmp_path / "config.toml").read_bytes()
