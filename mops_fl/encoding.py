@@ -110,11 +110,11 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn]) -> 
     A single turn is what `RowEncoder` makes of a row before its response.
     """
     token_ids = opening_tokens(tokenizer)
-    for turn in turns:
+    for number, turn in enumerate(turns, start=1):
         context = CONTEXT + turn.context if turn.context else ""
         for text in (INSTRUCTION, turn.instruction, context, RESPONSE, turn.response):
             token_ids += text_tokens(tokenizer, text)
-        if turn is not turns[-1]:
+        if number < len(turns):  # what was answered with nothing ends all the same
             token_ids.append(tokenizer.eos_token_id)
     return token_ids
 

@@ -189,12 +189,6 @@ def test_cohort_without_any_rows_is_refused(run_config):
         trainer.train(empty, request(trainer.prepare(), cohort=(empty,)))
 
 
-def test_other_input_prompts_make_another_request(trainer):
-    start = trainer.prepare()
-    other_prompts = start.frozen[INPUT_PROMPTS] + np.float32(0.5)
-    assert bits(trainer.train(0, request(start))) != bits(trainer.train(0, request(start, input_prompts=other_prompts)))
-
-
 def test_server_trains_on_its_own_rows_anew_in_each_round(trainer):
     start = trainer.prepare()
     first, again, second = (trainer.train_server(number, start.adapter, start.frozen) for number in (1, 1, 2))

@@ -157,8 +157,9 @@ def test_conversation_is_its_turns_one_behind_the_other(make_adapter):
 
 def test_turn_that_was_answered_with_nothing_ends_like_the_others(make_adapter):
     model = MopsModel.from_pretrained(make_adapter())
-    text = model.tokenizer.decode(model.encode_turns([[Turn("Who?", ""), Turn("When?", "")]])["input_ids"][0])
-    assert text == "### Instruction:\nWho?\n\n### Response:\n<|end|>### Instruction:\nWhen?\n\n### Response:\n"
+    question = Turn("Who?", "")
+    text = model.tokenizer.decode(model.encode_turns([[question, question]])["input_ids"][0])
+    assert text == "### Instruction:\nWho?\n\n### Response:\n<|end|>### Instruction:\nWho?\n\n### Response:\n"
 
 
 def test_answers_of_a_batch_are_those_of_each_question(make_adapter):
