@@ -79,7 +79,8 @@ def runtime_folder(owner: psutil.Process) -> Path:
     Raises:
         InputError: somebody else has taken its name, or it is too long for a socket.
     """
-    name = f"mops-fl-{os.getuid()}-{owner.pid}-{int(owner.create_time())}"
+    # The hash is of its number and of when it started, counted from the machine's start: no set clock changes it.
+    name = f"mops-fl-{os.getuid()}-{owner.pid}-{hash(owner) % 2**32:08x}"
     folder = Path(tempfile.gettempdir()) / name
     if len(str(folder / _SOCKET)) > _LONGEST_SOCKET_PATH:
         raise InputError(f"{folder} is too long a path for a socket; set TMPDIR to a shorter one.")

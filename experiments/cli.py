@@ -14,7 +14,7 @@ from typing import NoReturn
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # before anything imports flwr, which reads it then
 
 from experiments.signals import SIGNALLED, exit_code
-from mops_fl.errors import InputError, RunError
+from mops_fl.errors import InputError, RunError, refusal
 
 # Name of a command -> its module in this package, and what the help says of it.
 COMMANDS = {
@@ -75,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as `| head` leaves it; Python would complain again when it flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SIGNALLED + signal.SIGPIPE
+    except OSError as error:
+        if (reason := refusal(error)) is None:
+            raise
+        print(f"mops-fl: {reason}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as interrupt:
         print("mops-fl: interrupted", file=sys.stderr)
         return exit_code(interrupt)

@@ -35,7 +35,7 @@ from experiments.same_run import require_training
 from experiments.signals import exit_code, raise_on_signals
 from mops_fl.compressed import SeveralPrunedError, resolve_model
 from mops_fl.config import Scalar
-from mops_fl.errors import InputError, RunError
+from mops_fl.errors import InputError, RunError, refusal
 from mops_fl.sources import resolve_data
 from partitioning import OWN_ROWS
 
@@ -81,6 +81,8 @@ def run_app(program: str, args: argparse.Namespace, backend: Backend, *, trainin
     except KeyboardInterrupt as interrupt:
         code, message = exit_code(interrupt), "interrupted; go on with --resume"
         mark_interrupted()
+    except OSError as error:
+        code, message = 1, refusal(error) or traceback.format_exc()
     except Exception:  # the last line of defence: show it, exit with 1
         code, message = 1, traceback.format_exc()
     if message:

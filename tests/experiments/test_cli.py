@@ -1,5 +1,6 @@
 """`mops-fl` without a command that does something: what it says of itself, and of how a command ended."""
 
+import errno
 import re
 import signal
 import subprocess
@@ -31,6 +32,11 @@ def test_help_tells_of_every_command_and_each_command_of_itself(capsys):
     [
         (InputError("There is no adapter."), 2, "There is no adapter."),
         (RunError("The disk is full."), 1, "The disk is full."),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/closed"),
+            1,
+            "/closed: Permission denied; check its permissions, and the room on its disk.",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyboardInterrupt(signal.SIGTERM), 143, "interrupted"),
     ],
