@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from experiments.wording import readable, shortened
-from mops_fl.config import require_at_least, require_not_negative, require_positive
+from mops_fl.config import require_at_least, require_positive
 from mops_fl.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ GREEDY: dict[str, Any] = {
 # Spaces and figures of a line that shows a score.
 BESIDE_BAR = 10
 HIGHEST_SEED = 2**32 - 1
+# Divided by less, logits may overflow.
+LOWEST_TEMPERATURE = 0.001
 
 
 def add_adapter_options(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +97,8 @@ def read_generation_options(args: argparse.Namespace) -> dict[str, Any]:
     require_positive("repetition-penalty", args.repetition_penalty)
     if args.seed is not None:
         require_seed(args.seed)
-    require_not_negative("temperature", args.temperature)
+    if args.temperature and not LOWEST_TEMPERATURE <= args.temperature < math.inf:
+        raise InputError(f"`temperature` is {args.temperature}; it must be 0 or at least {LOWEST_TEMPERATURE}.")
     if not 0 < args.top_p <= 1:
         raise InputError(f"`top-p` is {args.top_p}; it must be above 0 and at most 1.")
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p} if args.temperature else {}

@@ -75,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as `| head` leaves it; Python would complain again when it flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SIGNALLED + signal.SIGPIPE
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # as rich ends a program then, all else done
+            return SIGNALLED + signal.SIGPIPE
+        raise
     except OSError as error:
         if (reason := refusal(error)) is None:
             raise

@@ -112,9 +112,12 @@ def prune_if_missing(run_config: Mapping[str, Scalar], say: Callable[[str], None
     except SeveralPrunedError:
         pass  # the run says which there are
     except NotPrunedError:
+        recipe = PruningRecipe.parse(backbone.compression)
+        if recipe.key:  # what is made here would be another one
+            raise
         compress(
             backbone.backbone,
-            PruningRecipe.parse(backbone.compression),
+            recipe,
             data,
             config.data,
             Calibration(CALIBRATION_ROWS, CALIBRATION_LENGTH),

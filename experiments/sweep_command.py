@@ -2,8 +2,8 @@
 
 import argparse
 import contextlib
-import json
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TextIO
 
+import tomli_w
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -97,14 +98,20 @@ def _ended(one: Planned, code: int) -> str:
 
 def _run_one(sweep: Sweep, one: Planned, state: str) -> int:
     """Run it, its output in a file beside its folder; returns its exit code."""
-    with _open_log(one) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        _open_log(one) as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+        tempfile.NamedTemporaryFile(suffix=".toml") as values,
+    ):
         if state == INTERRUPTED:
             options: dict[str, object] = {"run_config": [], "resume": one.folder}
         else:
             if code := _prepare(one, state):
                 return code
-            text = " ".join(f"{key}={json.dumps(value)}" for key, value in one.values.items())
-            options = {"run_config": [text], "resume": None}
+            tomli_w.dump(one.values, values)
+            values.flush()
+            options = {"run_config": [values.name], "resume": None}
         args = argparse.Namespace(app=sweep.app, num_supernodes=None, data=None, **options)
         return run_app("mops-fl sweep", args, BACKENDS[one.training], training=one.training)
 
