@@ -6,7 +6,7 @@ from clients.trainer import Trainer
 from experiments import compress_command
 from experiments.cli import main
 from experiments.compress_command import prune_if_missing
-from mops_fl.compressed import COMPRESSION_RECEIPT, SeveralPrunedError
+from mops_fl.compressed import COMPRESSION_RECEIPT, NotPrunedError, SeveralPrunedError
 from mops_fl.config import DataConfig, read_section
 from mops_fl.own_rows import load_server_rows
 
@@ -62,6 +62,11 @@ def test_choice_among_several_is_left_to_the_run(run_config, monkeypatch):
 
     monkeypatch.setattr(compress_command, "resolve_model", several)
     prune_if_missing(run_config({"compression": "wanda:75%"}), say=pytest.fail)
+
+
+def test_model_named_by_a_key_that_nobody_has_is_not_made_under_another(run_config):
+    with pytest.raises(NotPrunedError, match="is not in the cache"):
+        prune_if_missing(run_config({"compression": "wanda:75%@1a2b"}), say=pytest.fail)
 
 
 @pytest.mark.parametrize("evaluate_on", ["server", "clients"])

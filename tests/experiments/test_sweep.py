@@ -270,6 +270,14 @@ def test_run_folders_are_below_runs_where_the_file_says(content, tmp_path):
     assert found.runs[0].folder == Path("runs/tiny/two-experts-fedprompt-seed0").absolute()
 
 
+def test_output_may_have_any_signs_in_its_name(content, tmp_path):
+    content = {**content, "rows": {"7 experts": {}}, "seeds": [0]}
+    (tmp_path / "sweep.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
+    output = tmp_path / "a \"b\" 'c' = \U0001d53d"
+    assert main(["sweep", str(tmp_path / "sweep.toml"), "--output", str(output), "--only", "*fedprompt*"]) == 0
+    assert (output / "7-experts-fedprompt-seed0" / "summary.json").is_file()
+
+
 def test_tilde_in_the_output_is_the_home_folder(content, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "sweep.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
