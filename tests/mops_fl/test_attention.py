@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from mops_fl.attention import _causal_bias, _fused_attention, _matmul_attention, packed_attention
+from mops_fl.attention import _fused_attention, _matmul_attention, packed_attention
 
 SCALING = 0.3
-LENGTHS = [[7], [1], [5, 1, 9], [4, 4, 4]]
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -37,11 +36,10 @@ def attend(query, key, value, lengths, **options):
     return packed_attention(module, query, key, value, None, lengths=lengths, scaling=SCALING, **options)[0]
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 50])
-@pytest.mark.parametrize("num_groups", [4, 2, 1])
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_each_row_attends_causally_to_itself(lengths, num_groups, window):
-    qkv = random_qkv(sum(lengths), num_groups=num_groups)
+@pytest.mark.parametrize("window", [None, 3])
+def test_each_row_attends_causally_to_itself(window):
+    lengths = [5, 1, 9]
+    qkv = random_qkv(15)
     out = attend(*qkv, lengths, sliding_window=window)
     torch.testing.assert_close(out, written_out(*qkv, lengths, window), **TOLERANCE)
 
@@ -88,9 +86,9 @@ KERNELS = pytest.mark.parametrize("kernel", [_matmul_attention, _fused_attention
 
 
 @KERNELS
-@pytest.mark.parametrize("window", [None, 1, 4, 9])
-@pytest.mark.parametrize("num_groups", [4, 2, 1])
-@pytest.mark.parametrize("lengths", [*LENGTHS, [9]])
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("num_groups", [2, 1])
+@pytest.mark.parametrize("lengths", [[9], [5, 1, 9], [4, 4, 4]])
 def test_both_kernels_are_the_written_out_attention(kernel, lengths, num_groups, window):
     qkv = random_qkv(sum(lengths), num_groups=num_groups)
     out = kernel(*qkv, lengths, SCALING, window).transpose(1, 2)
@@ -123,7 +121,3 @@ def test_gradient_reaches_the_gate_through_the_values():
     reference = torch.ones(6, requires_grad=True)
     written_out(*qkv, [6], gate=reference).square().sum().backward()
     torch.testing.assert_close(gate.grad, reference.grad, rtol=1e-5, atol=1e-5)
-
-
-def test_masks_that_are_kept_stay_within_150_mebibytes_for_rows_of_1024_tokens():
-    assert _causal_bias.cache_info().maxsize * (1024 + 70) ** 2 * torch.bfloat16.itemsize < 150 << 20
