@@ -1,20 +1,27 @@
-"""Fixtures for the model side: a small adapter config, encoded rows of random tokens, adapter states."""
+"""Fixtures for the model side: a small adapter config, encoded rows of random tokens, adapter states, pruned models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from mops_fl.adapter import AdapterState, initial_state
-from mops_fl.config import AdapterConfig, DataConfig
+from mops_fl.compression import Calibration, compress
+from mops_fl.config import AdapterConfig, BackboneConfig, DataConfig, read_section
+from mops_fl.data import load_task_data
 from mops_fl.encoding import EncodedRow
+from mops_fl.recipe import PruningRecipe
 
 AdapterConfigOf = Callable[..., AdapterConfig]
 DataConfigOf = Callable[..., DataConfig]
 MakeRow = Callable[..., EncodedRow]
 MakeState = Callable[..., AdapterState]
+BackboneConfigOf = Callable[..., BackboneConfig]
+Press = Callable[..., Path]
+CALIBRATION = Calibration(num_rows=7, max_length=48)
 
 
 @pytest.fixture(scope="session")
@@ -73,5 +80,43 @@ def make_state() -> MakeState:
             if name != "prompts"
         }
         return {**state, **gate}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def backbone_config() -> BackboneConfigOf:
+    """``backbone_config(folder, "sparsegpt:75%")``: that model so pruned, in float32."""
+
+    def make(backbone: object, compression: str = "none") -> BackboneConfig:
+        return BackboneConfig(str(backbone), compression, "none", dtype="float32", gate_embedding="backbone")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def press(run_config: Callable[..., dict[str, object]]) -> Press:
+    """``press(model_folder, "wanda:75%")``: the folder in the cache that `compress` makes of it, on 7 short rows."""
+
+    def make(model_folder: Path, recipe: str, calibration: Calibration = CALIBRATION, **overrides: object) -> Path:
+        config = read_section(DataConfig, run_config(overrides))
+        data = load_task_data(config)
+        return compress(str(model_folder), PruningRecipe.parse(recipe), data, config, calibration, lambda _: None)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pruned(tiny_model_folder: Path, press: Press, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``pruned("wanda:75%")``: the folder that it makes of the tiny Llama, each made once, in a cache of their own."""
+    cache = tmp_path_factory.mktemp("cache")
+    folders: dict[str, Path] = {}
+
+    def make(recipe: str) -> Path:
+        if recipe not in folders:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("MOPS_CACHE", str(cache))
+                folders[recipe] = press(tiny_model_folder, recipe)
+        return folders[recipe]
 
     return make

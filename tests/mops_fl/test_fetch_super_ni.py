@@ -17,6 +17,8 @@ from mops_fl.task_files import PAPER_TASKS, Instance, read_task_file
 
 ROWS = 20
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 
 def line(task, number, target, **changes):
     fields = {"task_name": task, "id": f"{task}-{number}", "definition": f"Do {task}.", "inputs": f"in {number}"}
@@ -26,12 +28,6 @@ def line(task, number, target, **changes):
 def lines_of(task):
     """Twenty instances, the first with a second reference on the next line, as the hub has them."""
     return [line(task, 0, "first"), line(task, 0, "second"), *[line(task, i, f"out {i}") for i in range(1, ROWS)]]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOPS_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
