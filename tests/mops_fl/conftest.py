@@ -1,13 +1,17 @@
-"""Fixtures for the model side: a small adapter config, encoded rows of random tokens, adapter states, pruned models."""
+"""Fixtures for the model side: small configs, encoded rows of random tokens, adapter states, pruned models, a hub."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 
+from mops_fl import fetch, sources
 from mops_fl.adapter import AdapterState, initial_state
 from mops_fl.compression import Calibration, compress
 from mops_fl.config import AdapterConfig, BackboneConfig, DataConfig, read_section
@@ -118,5 +122,71 @@ def pruned(tiny_model_folder: Path, press: Press, tmp_path_factory: pytest.TempP
                 patch.setenv("MOPS_CACHE", str(cache))
                 folders[recipe] = press(tiny_model_folder, recipe)
         return folders[recipe]
+
+    return make
+
+
+@pytest.fixture
+def no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache, and a hub that fails the test if anything calls it."""
+
+    def called(*_: object, **__: object) -> None:
+        pytest.fail("a hub was called")
+
+    for name in ("model_info", "dataset_info", "snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, called)
+
+
+@pytest.fixture
+def no_hub() -> Callable[..., None]:
+    """In the place of a function of the hub's: there is none."""
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("Name or service not known\nmore lines")
+
+    return unreachable
+
+
+@pytest.fixture
+def hub(no_network: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A hub with one model of three files; `files`, `hashes` and `calls` can be looked at and changed."""
+    files = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"weights"}
+    hashes = {"model.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    state = SimpleNamespace(files=files, hashes=hashes, calls=[])
+
+    def model_info(name: str, *, revision: str | None, files_metadata: bool, timeout: float) -> SimpleNamespace:
+        assert files_metadata
+        assert timeout <= 10
+        state.calls.append(("info", name, revision))
+        siblings = [
+            SimpleNamespace(rfilename=file, lfs=SimpleNamespace(sha256=sha)) for file, sha in state.hashes.items()
+        ]
+        siblings.append(SimpleNamespace(rfilename="config.json", lfs=None))
+        return SimpleNamespace(sha=revision or "a" * 40, siblings=siblings, card_data=SimpleNamespace(license="mit"))
+
+    def snapshot_download(name: str, *, revision: str, local_dir: Path, **_: object) -> None:
+        state.calls.append(("download", name, revision))
+        for file, data in state.files.items():
+            (Path(local_dir) / file).write_bytes(data)
+        (Path(local_dir) / ".cache").mkdir()
+
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return state
+
+
+@pytest.fixture
+def dolly_hub(no_network: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes, bytes], None]:
+    """``dolly_hub(data, expected)``: a hub with `data` as Dolly, where that with the hash of `expected` is wanted."""
+
+    def make(data: bytes, expected: bytes) -> None:
+        def hf_hub_download(_: str, file: str, *, repo_type: str, revision: str, local_dir: Path, **__: object) -> None:
+            assert (repo_type, revision) == ("dataset", sources.DOLLY_REVISION)
+            (Path(local_dir) / file).write_bytes(data)
+
+        monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_args, **_kwargs: None)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+        for module in (fetch, sources):
+            monkeypatch.setattr(module, "DOLLY_SHA256", hashlib.sha256(expected).hexdigest())
 
     return make
