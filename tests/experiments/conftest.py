@@ -9,15 +9,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 
+from clients import resident
 from experiments import run as run_module
+from experiments import simulation
+from experiments.app_folder import AppFolder
+from experiments.cli import main
 from experiments.run_folder import RunFolder
+from experiments.runtimes import run_inline
 from mops_fl.adapter import initial_state
 from mops_fl.adapter_folder import RUN_ADAPTER, AdapterDescription, SavedAdapter, save_adapter
 from mops_fl.backbone import Backbone
 from mops_fl.compressed import weights_sha256
 from mops_fl.config import AdapterConfig, BackboneConfig, DataConfig, read_section
+from mops_fl.mops_model import MopsModel
 from mops_fl.payload import INPUT_PROMPTS
 from mops_fl.weights import initial_weights
 
@@ -34,6 +41,8 @@ ROUNDS = (0, 5, 10, 15, 20)
 STEPS_PER_ROUND = 20
 
 MakeRun = Callable[..., RunFolder]
+Scalar = bool | int | float | str
+RunConfig = Callable[..., dict[str, Scalar]]
 
 
 @pytest.fixture
@@ -112,6 +121,95 @@ def make_usable_run(make_run: MakeRun, run_config: Callable[..., dict[str, bool 
         return run
 
     return make
+
+
+@pytest.fixture
+def simulate(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """``simulate("--flag", key=value)``: exit code, output and errors of a tiny run into ``tmp_path / "run"``."""
+
+    def call(*arguments: str, resume: Path | None = None, **changes: Scalar) -> tuple[int, str, str]:
+        resident._build_trainer.cache_clear()
+        configured = ["--resume", str(resume)] if resume else ["--run-config", str(tmp_path / "values.toml")]
+        if not resume:
+            values = run_config({"output-dir": str(tmp_path / "run")})
+            values |= {name.replace("_", "-"): value for name, value in changes.items()}
+            (tmp_path / "values.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
+        code = simulation.run(["--app", "experiments.dolly", "--backend", "inline", *configured, *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained_runs(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a run of each kind of method, by method; only to be read."""
+    folders = {method: tmp_path_factory.mktemp("runs") / method for method in ("mops", "lora")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MOPS_DOLLY", raising=False)
+        patch.setenv("MOPS_CACHE", str(tmp_path_factory.mktemp("empty-cache")))
+        patch.setattr(torch, "set_num_threads", lambda _: None)
+        patch.setattr(run_module, "write_report", lambda folder: folder.path / "report.html")
+        for method, folder in folders.items():
+            changes = {"output-dir": str(folder), "method": method, "num-server-rounds": 1}
+            run_inline(AppFolder.find("experiments.dolly"), run_config(changes), catch_signals=lambda: None)
+    return folders
+
+
+@pytest.fixture
+def trained_run(trained_runs: dict[str, Path]) -> Path:
+    """Folder of a run of MoPs; only to be read."""
+    return trained_runs["mops"]
+
+
+@pytest.fixture
+def model(trained_run: Path) -> MopsModel:
+    """What `trained_run` trained."""
+    return MopsModel.from_pretrained(trained_run)
+
+
+@pytest.fixture(scope="session")
+def library_answer() -> Callable[..., str]:
+    """``library_answer(model, "Why?")``: eight tokens at most, by transformers' `generate` itself."""
+
+    def answer(model: MopsModel, instruction: str, context: str = "", **options: object) -> str:
+        inputs = model.encode([instruction], [context])
+        output = model.generate(**inputs, max_new_tokens=8, **{"do_sample": False, **options})
+        return str(model.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    return answer
+
+
+@pytest.fixture
+def sweep_content(run_config: RunConfig) -> dict[str, object]:
+    """Two rows, two methods, one of them central, two seeds of a tiny run."""
+    values = {key: value for key, value in run_config().items() if key not in ("method", "seed", "output-dir", "lr")}
+    return {
+        "title": "Tiny",
+        "folder": "tiny",
+        "app": "experiments.dolly",
+        "seeds": [0, 1],
+        "values": {**values, "evaluate-every": 1},
+        "rows": {"two experts": {"num-experts": 2}, "7 experts": {}},
+        "methods": {
+            "FedPrompt": {"method": "fedprompt", "lr": 0.01},
+            "MoPs, central": {"method": "mops", "lr": 0.01, "training": "central"},
+        },
+        "paper": {"7 experts": {"FedPrompt": 11.99}},
+    }
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Callable[..., int]:
+    """``sweep(sweep_content, "--only", ...)``: exit code of `mops-fl sweep` on it, into ``tmp_path / "out"``."""
+
+    def call(content: dict[str, object], *options: str) -> int:
+        (tmp_path / "sweep.toml").write_text(tomli_w.dumps(content), encoding="utf-8")
+        return main(["sweep", str(tmp_path / "sweep.toml"), "--output", str(tmp_path / "out"), *options])
+
+    return call
 
 
 def factor(task: str) -> float:

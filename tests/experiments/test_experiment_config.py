@@ -110,6 +110,23 @@ def test_bad_value_is_refused_by_name(key, value, run_config):
     assert str(value) in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"clients-per-round": 11}, "`clients-per-round` is 11, but `num-clients` is 10"),
+        ({"clip-norm": 1.0, "aggregation": "median"}, "`aggregation` is 'median', but `clip-norm` needs the mean"),
+        ({"clip-norm": 1.0, "weighting": "num-examples"}, "`clip-norm` is set, which counts all clients alike"),
+        ({"clip-norm": 1.0, "server-weight": 1.0}, "set `server-weight` to 0"),
+        ({"aggregation": "krum", "weighting": "gate-mass", "clients-per-round": 9}, "counts all clients alike"),
+        ({"aggregation": "krum"}, "needs 7 clients in a round"),
+        ({"round-timeout": 0.0}, "`round-timeout` is 0.0"),
+    ],
+)
+def test_contradicting_values_are_refused(changes, complaint, run_config):
+    with pytest.raises(InputError, match=complaint):
+        ExperimentConfig.from_run_config(run_config(changes))
+
+
 @pytest.mark.parametrize("key", [{"routing": "nearest"}, {"central-rows": "server"}, {"server-weight": 1.0}])
 def test_what_needs_rows_of_the_servers_is_refused_without(key, run_config):
     ExperimentConfig.from_run_config(run_config(key))
