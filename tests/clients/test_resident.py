@@ -8,6 +8,7 @@ import pytest
 
 from clients import resident
 from mops_fl.errors import InputError
+from mops_fl.payload import Cohort, TrainRequest
 
 
 def test_callers_at_once_share_one_trainer(run_config):
@@ -52,3 +53,15 @@ def test_machines_of_a_cluster_must_have_the_same_rows_and_weights(monkeypatch, 
         return
     with pytest.raises(InputError, match=f"The machines 10.0.0.1 and 10.0.0.3 of the Ray cluster {complaint}"):
         trainers.setting()
+
+
+def test_cohorts_are_dealt_to_the_actors_in_turn_and_each_knows_how_many_are_beside_it(monkeypatch):
+    monkeypatch.setattr("ray.get", lambda call: call)
+    trainers = object.__new__(resident._RayTrainers)
+    trainers._actors = [
+        SimpleNamespace(call=SimpleNamespace(remote=lambda method, _, asked, name=name: (name, asked.cohort.count)))
+        for name in ("first", "second")
+    ]
+    requests = [TrainRequest(1, Cohort((number,), number, 5), {}, {}) for number in range(5)]
+    dealt = [trainers.train(0, request) for request in requests]
+    assert dealt == [("first", 3), ("second", 2), ("first", 3), ("second", 2), ("first", 3)]

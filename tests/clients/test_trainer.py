@@ -214,3 +214,15 @@ def test_cohort_that_failed_is_trained_when_it_is_asked_again(trainer, monkeypat
             with pytest.raises(InputError, match="no room"):
                 trainer.train(client, ask)
     assert trainer.train(0, ask).num_steps == 2
+
+
+def test_seed_decides_the_order_of_rows_in_central_training(run_config):
+    start = Trainer(run_config()).prepare()
+
+    def trained(seed):
+        training = Trainer(run_config({"seed": seed})).train_centrally(start.adapter, start.frozen, 3)
+        training.advance(3)
+        (result,) = training.results()
+        return bits(result)
+
+    assert trained(0) == trained(0) != trained(1)

@@ -4,6 +4,7 @@ import pytest
 from flwr.app import Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from experiments import nodes
 from experiments.nodes import RollCall, find_clients, numbered_as_before
 from mops_fl.errors import InputError
 from mops_fl.payload import ClientInfo, encode_info
@@ -23,6 +24,7 @@ class FakeGrid:
         self.answers = answers
         self.seconds_between = seconds_between
         self.looks = 0
+        self.asked = []
         self.began = time.monotonic()
 
     def get_node_ids(self):
@@ -33,6 +35,7 @@ class FakeGrid:
         return list(self.answers)[:connected]
 
     def send_and_receive(self, messages, *, timeout):
+        self.asked.append(len(messages))
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"message-{message.metadata.dst_node_id}"
             answer = self.answers[message.metadata.dst_node_id]
@@ -50,6 +53,13 @@ def test_clients_are_found_in_order_of_their_partition_ids():
     )
     assert list(clients) == [70, 60, 50]
     assert clients[70] == ClientInfo(0, 9, "shared", "weights", data_sha256="rows")
+
+
+def test_every_node_is_asked_who_it_is_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(nodes, "_QUESTIONS_AT_ONCE", 2)
+    grid = FakeGrid({10 + i: info(i) for i in range(5)})
+    assert list(find_clients(grid, 5, "weights", "rows", patience_seconds=0.1)) == [10, 11, 12, 13, 14]
+    assert grid.asked == [2, 2, 1]
 
 
 def test_waits_as_long_as_nodes_keep_arriving():
