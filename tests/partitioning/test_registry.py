@@ -19,19 +19,18 @@ def labels_of(num_rows):
     return sorted(TASKS[min(i % 10, 6)] for i in range(num_rows))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("num_rows", [10, 101, 450, 643])
+@pytest.mark.parametrize("num_rows", [10, 643])
 @pytest.mark.parametrize("name", PARTITIONERS)
-def test_partition_is_disjoint_and_complete(name, num_rows, seed):
+def test_partition_is_disjoint_and_complete(name, num_rows):
     labels = labels_of(num_rows)
-    rows_per_client = partition_rows(labels, config=replace(CONFIG, partitioner=name, seed=seed))
+    rows_per_client = partition_rows(labels, config=replace(CONFIG, partitioner=name))
     assert len(rows_per_client) == 7
     assert sorted(row for rows in rows_per_client for row in rows) == list(range(num_rows))
     assert all(type(row) is int for rows in rows_per_client for row in rows)
     assert all(rows == sorted(rows) for rows in rows_per_client)
 
 
-@pytest.mark.parametrize("num_clients", [1, 2, 33, 99, 100])
+@pytest.mark.parametrize("num_clients", [1, 100])
 @pytest.mark.parametrize("name", ["skewed-shards", "iid", "dirichlet", "shard"])
 def test_any_number_of_clients_up_to_one_per_row(name, num_clients):
     config = replace(CONFIG, partitioner=name, num_clients=num_clients, shards_per_client=3)

@@ -34,9 +34,9 @@ def test_shards_of_one_label_have_the_hand_computed_sizes(num_rows, num_partitio
     assert sizes == Counter({large: 1}) + Counter(others)
 
 
-@pytest.mark.parametrize("skew", [1.0, 1.1, 2.3, 15.0, 1e6, 1e300])
-@pytest.mark.parametrize("num_rows", [0, 1, 7, 99, 643, 5000])
-@pytest.mark.parametrize("num_partitions", [1, 3, 100, 613])
+@pytest.mark.parametrize("skew", [1.0, 15.0, 1e300])
+@pytest.mark.parametrize("num_rows", [0, 7, 643])
+@pytest.mark.parametrize("num_partitions", [1, 100])
 def test_every_row_is_in_exactly_one_partition(num_rows, num_partitions, skew):
     labels = np.random.default_rng(5).integers(0, 7, size=num_rows)
     partitions = split(labels, num_partitions, skew)
