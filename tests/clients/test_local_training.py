@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message
-from flwr.supercore.task_identity import TaskIdentity
 
 from clients.local_training import ClientRows, Training, client_losses, draw_rows, train_cohort
 from mops_fl.adapter import initial_state
+from mops_fl.backbone import Backbone
 from mops_fl.config import METHODS, PROMPTED, AdapterConfig, TrainConfig
 from mops_fl.encoding import EncodedRow
 from mops_fl.errors import InputError
@@ -43,59 +43,61 @@ def client(number, num_rows):
 
 
 @pytest.fixture
-def build(tiny_backbone):
+def build(tiny_model, byte_tokenizer):
     """``build(method)``: a model, and an adapter that changes what it does (a flat gate, or none, would hide much)."""
 
-    def make(method):
+    def make(method, dtype=torch.float32):
+        backbone = Backbone(tiny_model("llama").to(dtype), byte_tokenizer)
         config, generator = replace(ADAPTER, method=method), torch.Generator().manual_seed(2)
         if method in PROMPTED:
             prompts, cache = torch.randn(4, 32, generator=generator), StateCache(1 << 24)
             state = initial_state(config, torch.randn(6, 32, generator=generator), generator)
             changes = {name: tensor * 10 for name, tensor in state.items() if name == "gate.w2"}
-            return PromptedModel(tiny_backbone, config, prompts, cache), state | changes
-        state = initial_weights(tiny_backbone, config, generator)
+            return PromptedModel(backbone, config, prompts, cache), state | changes
+        state = initial_weights(backbone, config, generator)
         noise = {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
-        return AdaptedModel(tiny_backbone, config), {name: tensor + noise[name] for name, tensor in state.items()}
+        return AdaptedModel(backbone, config), {name: tensor + noise[name] for name, tensor in state.items()}
 
     return make
 
 
-@pytest.fixture
-def model(build):
-    return build("mops")[0]
+def assert_same_adapter(found, expected):
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5, err_msg=name)
 
 
-def start(method):
-    generator = torch.Generator().manual_seed(2)
-    state = initial_state(replace(ADAPTER, method=method), torch.randn(6, 32, generator=generator), generator)
-    return {name: tensor * 10 if name == "gate.w2" else tensor for name, tensor in state.items()}
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    ("changes", "num_steps"),
+    [
+        pytest.param({"batch_size": 3}, [3, 3, 3, 3], id="all-together"),
+        pytest.param({"local_steps": 9, "local_epochs": 3}, [6, 9, 3, 9], id="one-after-the-other-stops"),
+        pytest.param({"local_steps": 9, "local_epochs": 1, "batch_size": 2}, [1, 4, 1, 4], id="two-and-two-stop"),
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_cohort_trains_each_client_as_if_it_were_alone(build, method, batch_size):
+def test_cohort_trains_each_client_as_if_it_were_alone(build, method, changes, num_steps):
     model, state = build(method)
-    config = replace(TRAIN, batch_size=batch_size)
-    clients = [client(number, num_rows) for number, num_rows in enumerate((5, 1, 4, 2))]
+    config = replace(TRAIN, **changes)
+    clients = [client(number, num_rows) for number, num_rows in enumerate((2, 7, 1, 7))]
     together = train_cohort(model, state, clients, config)
+    assert [result.num_steps for result in together] == num_steps
     for member, result in zip(clients, together, strict=True):
         (alone,) = train_cohort(model, state, [member], config)
-        assert list(result.adapter) == list(alone.adapter)
-        for name, trained in alone.adapter.items():
-            np.testing.assert_allclose(result.adapter[name], trained, rtol=0, atol=1e-5, err_msg=name)
+        assert list(result.adapter) == list(alone.adapter) == list(state)
+        assert_same_adapter(result.adapter, alone.adapter)
         np.testing.assert_allclose(result.gate_mass, alone.gate_mass, atol=1e-5)
         assert result.loss_sum == pytest.approx(alone.loss_sum, rel=1e-5)
-        assert (result.num_examples, result.num_steps, result.num_tokens) == (
-            alone.num_examples, alone.num_steps, alone.num_tokens,
-        )  # fmt: skip
+        assert (result.num_steps, result.num_tokens) == (alone.num_steps, alone.num_tokens)
+        assert result.num_examples == len(member.rows)
     # The clients differ, or the comparison would prove nothing.
     for one, other in itertools.combinations(together, 2):
         assert max(np.abs(one.adapter[name] - other.adapter[name]).max() for name in state) > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_everything_trainable_moves_and_nothing_frozen_does(build, method):
-    model, before = build(method)
+def test_everything_trainable_moves_and_nothing_frozen_does(build, method, dtype):
+    model, before = build(method, dtype)
     weights = {name: tensor.clone() for name, tensor in model.backbone.model.state_dict().items()}
     frozen = {name: tensor.clone() for name, tensor in vars(model).items() if isinstance(tensor, torch.Tensor)}
     given = copy.deepcopy(before)
@@ -117,9 +119,9 @@ def test_everything_trainable_moves_and_nothing_frozen_does(build, method):
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.25, 1.0])
-def test_gate_learns_at_its_share_of_the_prompts_rate(model, factor):
+def test_gate_learns_at_its_share_of_the_prompts_rate(build, factor):
     # Adam's first step moves whatever has a gradient by its learning rate.
-    before, config = start("mops"), replace(TRAIN, gate_lr_factor=factor, local_steps=1)
+    (model, before), config = build("mops"), replace(TRAIN, gate_lr_factor=factor, local_steps=1)
     (result,) = train_cohort(model, before, [client(0, 4)], config)
     moved = {name: np.abs(result.adapter[name] - tensor.numpy()).max() for name, tensor in before.items()}
     assert moved.pop("prompts") == pytest.approx(0.05, rel=1e-3)
@@ -151,26 +153,25 @@ def test_order_of_rows_is_fixed_by_the_seed_alone():
     assert len({tuple(order(seed)) for seed in ((0, 1, 2), (0, 1, 3), (0, 2, 2), (1, 1, 2))}) == 4
 
 
-def test_metrics_are_sums_over_all_steps(model):
+@pytest.mark.parametrize("method", METHODS)
+def test_metrics_are_sums_over_all_steps(build, method):
     # A rate so small that the adapter stays the same.
     config = TrainConfig(lr=1e-12, gate_lr_factor=1.0, batch_size=3, local_steps=4, local_epochs=0)
-    clients = [client(0, 5), client(1, 2)]
-    results = train_cohort(model, start("mops"), clients, config)
+    (model, state), clients = build(method), [client(0, 5), client(1, 2)]
+    results = train_cohort(model, state, clients, config)
     for member, result in zip(clients, results, strict=True):
         drawn = [row for batch in itertools.islice(draw_rows(member, 3), 4) for row in batch]
         with torch.no_grad():
-            losses = [model.losses(model.adapter([start("mops")]), [row]) for row in drawn]
+            losses = [model.losses(model.adapter([state]), [row]) for row in drawn]
         assert len(drawn) == 12
         assert result.num_tokens == sum(len(row.token_ids) - row.prompt_length for row in drawn)
         assert result.loss_sum == pytest.approx(sum(loss.loss_sum.item() for loss in losses), rel=1e-5)
+        assert (result.num_examples, result.num_steps) == (len(member.rows), 4)
+        if method != "mops":
+            assert result.gate_mass == ()
+            continue
         np.testing.assert_allclose(result.gate_mass, sum(loss.scores[0] for loss in losses), rtol=1e-5)
         assert sum(result.gate_mass) == pytest.approx(12, abs=1e-4)  # one for each row trained on
-        assert (result.num_examples, result.num_steps) == (len(member.rows), 4)
-
-
-def test_without_a_gate_there_is_no_gate_mass(model):
-    (result,) = train_cohort(model, start("fedprompt"), [client(0, 3)], TRAIN)
-    assert result.gate_mass == ()
 
 
 def test_clients_loss_is_the_mean_over_its_rows_of_the_mean_over_tokens():
@@ -180,8 +181,9 @@ def test_clients_loss_is_the_mean_over_its_rows_of_the_mean_over_tokens():
     assert client_losses(losses, 4).tolist() == [3.0, 1.0, 1.0, 3.0]
 
 
+@pytest.mark.usefixtures("task_identity")
 @pytest.mark.parametrize("method", METHODS)
-def test_one_client_federated_is_the_same_client_trained_centrally(build, method, monkeypatch):
+def test_one_client_federated_is_the_same_client_trained_centrally(build, method):
     (model, state), member = build(method), client(0, 4)
     config = TrainConfig(lr=0.02, gate_lr_factor=1.0, batch_size=2, local_steps=5, local_epochs=0)
 
@@ -200,8 +202,6 @@ def test_one_client_federated_is_the_same_client_trained_centrally(build, method
                 p -= 0.02 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
 
     # Federated: one client, one round, uniform weights.
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
     sampler = ClientSampler({7: ClientInfo(0, 4, "shared", "weights")}, clients_per_round=1, cohort_size=1, seed=0)
     strategy = STRATEGIES[method](
         sampler,
@@ -220,75 +220,52 @@ def test_one_client_federated_is_the_same_client_trained_centrally(build, method
     message.metadata.__dict__["_message_id"] = "1"
     arrays, _ = strategy.aggregate_train(1, [Message(encode_result(result), reply_to=message)])
 
-    for name, p in adapter.trainable().items():
-        np.testing.assert_allclose(from_record(arrays)[name], p.detach()[0].numpy(), rtol=0, atol=1e-5, err_msg=name)
+    assert_same_adapter(from_record(arrays), {name: p.detach()[0].numpy() for name, p in adapter.trainable().items()})
 
 
-def failing_above(limit, error):
-    """`PromptedModel.losses` that runs out of memory on more rows than `limit`."""
-    losses = PromptedModel.losses
+def fail_above(limit, error, model, monkeypatch):
+    """Have `model.losses` run out of memory on more rows than `limit`."""
+    losses = model.losses
 
-    def limited(self, adapter, rows):
+    def limited(adapter, rows):
         if len(rows) > limit:
             raise error
-        return losses(self, adapter, rows)
+        return losses(adapter, rows)
 
-    return limited
+    monkeypatch.setattr(model, "losses", limited)
 
 
-OUT_OF_MEMORY = pytest.mark.parametrize(
+@pytest.mark.parametrize("method", METHODS)
+def test_cohort_that_does_not_fit_is_trained_in_parts(build, method, monkeypatch, caplog):
+    (model, state), clients = build(method), [client(number, 3) for number in range(5)]
+    expected = train_cohort(model, state, clients, TRAIN)
+    fail_above(2, torch.OutOfMemoryError("CUDA out of memory."), model, monkeypatch)  # two and three, then one and two
+    for result, whole in zip(train_cohort(model, state, clients, TRAIN), expected, strict=True):
+        assert_same_adapter(result.adapter, whole.adapter)
+        assert (result.num_steps, result.num_tokens) == (whole.num_steps, whole.num_tokens)
+    assert [message.partition(" do not")[0] for message in caplog.messages] == ["5 clients", "3 clients"]
+
+
+@pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: 2 bytes."),
     ],
 )
-
-
-@OUT_OF_MEMORY
-@pytest.mark.parametrize("limit", [1, 2, 3, 4])
-def test_cohort_that_does_not_fit_is_trained_in_parts(model, monkeypatch, caplog, limit, error):
-    clients = [client(number, 3) for number in range(5)]
-    expected = train_cohort(model, start("mops"), clients, TRAIN)
-    monkeypatch.setattr(PromptedModel, "losses", failing_above(limit, error))
-    for result, whole in zip(train_cohort(model, start("mops"), clients, TRAIN), expected, strict=True):
-        for name, trained in whole.adapter.items():
-            np.testing.assert_allclose(result.adapter[name], trained, rtol=0, atol=1e-5, err_msg=name)
-        assert (result.num_steps, result.num_tokens) == (whole.num_steps, whole.num_tokens)
-    assert "5 clients do not fit into memory together" in caplog.messages[0]
-
-
-@OUT_OF_MEMORY
-def test_client_that_does_not_fit_alone_is_an_input_error(model, monkeypatch, error):
-    monkeypatch.setattr(PromptedModel, "losses", failing_above(0, error))
+def test_client_that_does_not_fit_alone_is_an_input_error(build, monkeypatch, caplog, error):
+    model, state = build("mops")
+    fail_above(0, error, model, monkeypatch)
     with pytest.raises(InputError, match="lower `batch-size`, `max-length` or `cache-megabytes`"):
-        train_cohort(model, start("mops"), [client(0, 3), client(1, 3)], TRAIN)
+        train_cohort(model, state, [client(0, 3), client(1, 3)], TRAIN)
+    assert "2 clients do not fit into memory together" in caplog.messages[0]
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(model, monkeypatch):
-    monkeypatch.setattr(PromptedModel, "losses", failing_above(0, RuntimeError("shapes differ")))
+def test_other_errors_are_not_taken_for_a_lack_of_memory(build, monkeypatch):
+    model, state = build("mops")
+    fail_above(0, RuntimeError("shapes differ"), model, monkeypatch)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        train_cohort(model, start("mops"), [client(0, 3), client(1, 3)], TRAIN)
-
-
-@pytest.mark.parametrize(
-    ("epochs", "batch_size", "expected"),
-    [(0, 1, [9, 9, 9, 9]), (1, 1, [2, 7, 1, 7]), (3, 1, [6, 9, 3, 9]), (1, 2, [1, 4, 1, 4])],
-)
-@pytest.mark.parametrize("method", METHODS)
-def test_client_stops_after_its_passes_and_trains_as_if_alone(build, method, epochs, batch_size, expected):
-    model, state = build(method)
-    config = replace(TRAIN, local_steps=9, local_epochs=epochs, batch_size=batch_size)
-    clients = [client(number, num_rows) for number, num_rows in enumerate((2, 7, 1, 7))]
-    together = train_cohort(model, state, clients, config)
-    assert [result.num_steps for result in together] == expected
-    for member, result in zip(clients, together, strict=True):
-        (alone,) = train_cohort(model, state, [member], config)
-        for name, trained in alone.adapter.items():
-            np.testing.assert_allclose(result.adapter[name], trained, rtol=0, atol=1e-5, err_msg=name)
-        np.testing.assert_allclose(result.gate_mass, alone.gate_mass, atol=1e-5)
-        assert result.num_tokens == alone.num_tokens
-        assert result.loss_sum == pytest.approx(alone.loss_sum, rel=1e-5)
+        train_cohort(model, state, [client(0, 3), client(1, 3)], TRAIN)
 
 
 @pytest.mark.parametrize("method", METHODS)

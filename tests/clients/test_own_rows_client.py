@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.supercore.task_identity import TaskIdentity
 
 from clients import client_app
 from clients.trainer import Trainer
@@ -27,11 +26,7 @@ from mops_fl.payload import (
 OWN = {"partitioner": "own-rows", "evaluate-on": "clients"}
 TASKS_HERE = ("open_qa", "brainstorming")
 
-
-@pytest.fixture(autouse=True)
-def _task_identity(monkeypatch):
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+pytestmark = pytest.mark.usefixtures("task_identity")
 
 
 def row(number, task):

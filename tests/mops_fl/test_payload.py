@@ -5,7 +5,6 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.task_identity import TaskIdentity
 
 from mops_fl.errors import InputError
 from mops_fl.payload import (
@@ -21,6 +20,8 @@ from mops_fl.payload import (
     to_record,
 )
 from mops_fl.reply_check import ReplyLimits, check_result
+
+pytestmark = pytest.mark.usefixtures("task_identity")
 
 # Subnormal, largest, smallest, negative zero and one third: any detour over text or float64 rounding would show.
 PROMPTS = np.array([[1e-45, 3.4028235e38, -1.1754944e-38], [-0.0, 1 / 3, 1.0]], np.float32)
@@ -40,7 +41,6 @@ LIMITS = ReplyLimits(num_steps=2, rows_per_step=1, tokens_per_row=20)
 
 def through_the_wire(content: RecordDict) -> RecordDict:
     """Take a message apart into bytes and build it again, as Flower does between a server and a node."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     message = Message(content, dst_node_id=7, message_type=MessageType.TRAIN)
     contents = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
     assert all(type(part) is bytes for part in contents.values())

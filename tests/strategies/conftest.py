@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 from mops_fl.payload import ClientInfo, TrainResult, encode_result, to_record
@@ -20,10 +19,8 @@ FROZEN = {"input-prompts": np.zeros((2, 3), np.float32)}  # 24 bytes
 
 
 @pytest.fixture(autouse=True)
-def _task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Flower's runtimes set before a message can be made."""
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+def _task_identity(task_identity: None) -> None:
+    """Each of these tests makes messages."""
 
 
 class Round:
