@@ -8,9 +8,10 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-# Both are read at import. More threads than one only wait for each other when matrices are tiny.
+# All are read at import. More threads than one only wait for each other when matrices are tiny.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 # Colours would stand amid the texts that are compared, and a proxy between the processes of this machine.
 os.environ.pop("FORCE_COLOR", None)
 os.environ.pop("TTY_COMPATIBLE", None)

@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 from flwr.app import Error, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from clients.trainer import Trainer
 from experiments import run as run_module
@@ -34,10 +33,7 @@ HERE = EvaluateResult((6.0, 2.0), (3, 4), (2, 1), (1.5, 0.5, 0.25, 0.75))
 THERE = EvaluateResult((4.0, 0.0), (2, 0), (2, 0), (0.5, 1.5, 0.0, 0.0))
 
 
-@pytest.fixture(autouse=True)
-def _task_identity(monkeypatch):
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+pytestmark = pytest.mark.usefixtures("task_identity")
 
 
 class FakeGrid:

@@ -2,7 +2,6 @@ import time
 
 import pytest
 from flwr.app import Error, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from experiments import nodes
 from experiments.nodes import RollCall, find_clients, numbered_as_before
@@ -10,11 +9,7 @@ from mops_fl.errors import InputError
 from mops_fl.payload import ClientInfo, encode_info
 from strategies.sampling import ClientSampler
 
-
-@pytest.fixture(autouse=True)
-def _task_identity(monkeypatch):
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+pytestmark = pytest.mark.usefixtures("task_identity")
 
 
 class FakeGrid:

@@ -24,11 +24,7 @@ from experiments.reply_guard import ReplyGuard
 from mops_fl.foreign_text import error_text
 from mops_fl.payload import to_record
 
-
-@pytest.fixture(autouse=True)
-def _task_identity(monkeypatch):
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+pytestmark = pytest.mark.usefixtures("task_identity")
 
 
 def question(node_id):
