@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from mops_fl.backbone import Backbone
+from mops_fl.config import Scalar
 
 PROJECT = Path(__file__).parents[1]
 EOS = "<|end|>"
@@ -60,7 +61,6 @@ TINY_RUN = {
     "data-path": "",
 }
 
-Scalar = bool | int | float | str
 TinyModel = Callable[..., PreTrainedModel]
 RunConfig = Callable[..., dict[str, Scalar]]
 

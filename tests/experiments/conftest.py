@@ -23,25 +23,17 @@ from mops_fl.adapter import initial_state
 from mops_fl.adapter_folder import RUN_ADAPTER, AdapterDescription, SavedAdapter, save_adapter
 from mops_fl.backbone import Backbone
 from mops_fl.compressed import weights_sha256
-from mops_fl.config import AdapterConfig, BackboneConfig, DataConfig, read_section
+from mops_fl.config import AdapterConfig, BackboneConfig, DataConfig, Scalar, read_section
+from mops_fl.data import DOLLY_TASKS
 from mops_fl.mops_model import MopsModel
 from mops_fl.payload import INPUT_PROMPTS
 from mops_fl.weights import initial_weights
 
-TASKS = [
-    "creative_writing",
-    "closed_qa",
-    "open_qa",
-    "summarization",
-    "information_extraction",
-    "classification",
-    "brainstorming",
-]
+TASKS = list(DOLLY_TASKS)
 ROUNDS = (0, 5, 10, 15, 20)
 STEPS_PER_ROUND = 20
 
 MakeRun = Callable[..., RunFolder]
-Scalar = bool | int | float | str
 RunConfig = Callable[..., dict[str, Scalar]]
 
 
@@ -68,9 +60,9 @@ def make_run(tmp_path: Path) -> MakeRun:
         bare: float = 60.0,
         summary: dict[str, object] | None = None,
         ended: bool = True,
-        **config: bool | int | float | str,
+        **config: Scalar,
     ) -> RunFolder:
-        values: dict[str, bool | int | float | str] = {
+        values: dict[str, Scalar] = {
             "method": "mops",
             "backbone": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "compression": "none",
@@ -96,10 +88,10 @@ def make_run(tmp_path: Path) -> MakeRun:
 
 
 @pytest.fixture
-def make_usable_run(make_run: MakeRun, run_config: Callable[..., dict[str, bool | int | float | str]]) -> MakeRun:
+def make_usable_run(make_run: MakeRun, run_config: RunConfig) -> MakeRun:
     """``make_usable_run("name", method="lora")``: such a run with an adapter of the tiny model, drawn at random."""
 
-    def make(name: str = "run", **config: bool | int | float | str) -> RunFolder:
+    def make(name: str = "run", **config: Scalar) -> RunFolder:
         values = run_config({key.replace("_", "-"): value for key, value in config.items()})
         adapter, backbone = read_section(AdapterConfig, values), read_section(BackboneConfig, values)
         generator = torch.Generator().manual_seed(int(values["seed"]))
@@ -127,16 +119,20 @@ def make_usable_run(make_run: MakeRun, run_config: Callable[..., dict[str, bool 
 def simulate(
     run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """``simulate("--flag", key=value)``: exit code, output and errors of a tiny run into ``tmp_path / "run"``."""
+    """``simulate("--flag", key=value)``: exit code, output and errors of a tiny run into ``tmp_path / "run"``.
 
-    def call(*arguments: str, resume: Path | None = None, **changes: Scalar) -> tuple[int, str, str]:
+    With ``--resume`` it is the run that is named.
+    """
+
+    def call(*arguments: str, app: str = "experiments.dolly", **changes: Scalar) -> tuple[int, str, str]:
         resident._build_trainer.cache_clear()
-        configured = ["--resume", str(resume)] if resume else ["--run-config", str(tmp_path / "values.toml")]
-        if not resume:
+        configured = []
+        if not any(argument.startswith("--resume") for argument in arguments):
             values = run_config({"output-dir": str(tmp_path / "run")})
             values |= {name.replace("_", "-"): value for name, value in changes.items()}
             (tmp_path / "values.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
-        code = simulation.run(["--app", "experiments.dolly", "--backend", "inline", *configured, *arguments])
+            configured = ["--run-config", str(tmp_path / "values.toml")]
+        code = simulation.run(["--app", app, "--backend", "inline", *configured, *arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -252,7 +248,7 @@ def partition() -> dict[str, object]:
     return {"tasks": TASKS, "clients": clients}
 
 
-def summary_of(config: dict[str, bool | int | float | str], after: float, bare: float) -> dict[str, object]:
+def summary_of(config: dict[str, Scalar], after: float, bare: float) -> dict[str, object]:
     """The summary.json of a run that went to its end."""
     tasks = ("all", *TASKS)
     copied = ("method", "backbone", "compression", "quantization", "dataset", "seed")

@@ -23,12 +23,16 @@ def chat(trained_run, capsys, monkeypatch):
     return talk
 
 
+def second_answer(model, first, instruction):
+    """What transformers' `generate` says to an instruction after "Why?" and the first answer."""
+    inputs = model.encode_turns([[Turn("Why?", "", first.strip()), Turn(instruction, "")]])
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return model.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def test_chat_keeps_the_conversation_until_it_is_told_to_forget(chat, model, library_answer):
     first = library_answer(model, "Why?")
-    inputs = model.encode_turns([[Turn("Why?", "", first.strip()), Turn("Who?", "")]])
-    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    second = model.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert chat("Why?", "Who?").out == f"{first}\n{second}\n"
+    assert chat("Why?", "Who?").out == f"{first}\n{second_answer(model, first, 'Who?')}\n"
     assert chat("Why?", "/new", "Who?").out == f"{first}\n{library_answer(model, 'Who?')}\n"
 
 
@@ -63,9 +67,5 @@ def test_chat_forgets_what_does_not_fit_and_refuses_what_never_could(chat, model
     assert found.out == f"{library_answer(model, 'Why?')}\n{library_answer(model, long)}\n"
     assert "longer than" in chat(long + "a").err
     # What was said before stays: the next answer is to both turns.
-    answer = library_answer(model, "Why?").strip()
-    inputs = model.encode_turns([[Turn("Why?", "", answer), Turn("Who?", "")]])
-    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    assert chat("Why?", long + "a", "Who?").out.splitlines()[-1] == model.tokenizer.decode(
-        output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    second = second_answer(model, library_answer(model, "Why?"), "Who?")
+    assert chat("Why?", long + "a", "Who?").out.splitlines()[-1] == second

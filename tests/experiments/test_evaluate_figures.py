@@ -165,19 +165,15 @@ def test_test_rows_that_are_not_the_runs_are_refused(key, value, reason, trained
         run_rows(copy, data_config, "", 0)
 
 
-def test_refused_evaluation_leaves_earlier_figures(capsys, tmp_path, trained_run):
-    (tmp_path / "out.json").write_text("earlier", encoding="utf-8")
+def test_refused_evaluation_leaves_no_empty_file_and_earlier_figures_as_they_are(tmp_path):
     (tmp_path / "no-adapter").mkdir()
-    options = ["--data", str(sample_path()), "--json", str(tmp_path / "out.json")]
-    assert main(["evaluate", "--adapter", str(tmp_path / "no-adapter"), *options]) == 2
-    assert (tmp_path / "out.json").read_text(encoding="utf-8") == "earlier"
-
-
-def test_refused_evaluation_leaves_no_empty_file(capsys, tmp_path, trained_run):
-    (tmp_path / "no-adapter").mkdir()
-    options = ["--data", str(sample_path()), "--json", str(tmp_path / "out.json")]
-    assert main(["evaluate", "--adapter", str(tmp_path / "no-adapter"), *options]) == 2
-    assert not (tmp_path / "out.json").exists()
+    file = tmp_path / "out.json"
+    command = ["evaluate", "--adapter", str(tmp_path / "no-adapter"), "--data", str(sample_path()), "--json", str(file)]
+    assert main(command) == 2
+    assert not file.exists()
+    file.write_text("earlier", encoding="utf-8")
+    assert main(command) == 2
+    assert file.read_text(encoding="utf-8") == "earlier"
 
 
 def test_tasks_of_the_runs_own_rows_can_be_chosen(trained_run, capsys, tmp_path):

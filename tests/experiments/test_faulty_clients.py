@@ -135,7 +135,7 @@ def test_too_few_replies_end_the_run_with_code_1_and_it_can_be_resumed(simulate,
     assert code == 1
     assert errors.startswith("flower-simulation: Round 2 had 2 usable replies from 3 clients, 3 are needed.")
     assert RunFolder.open(tmp_path / "run").summary["status"] == "failed"
-    assert simulate(resume=tmp_path / "run")[0] == 0
+    assert simulate("--resume", str(tmp_path / "run"))[0] == 0
     resumed, straight = (load_adapter(tmp_path / name / "adapter").arrays for name in ("run", "straight"))
     assert all((resumed[name] == straight[name]).all() for name in straight)
 

@@ -54,7 +54,7 @@ def test_full_disk_ends_the_run_with_one_sentence_and_it_can_be_resumed(simulate
     assert code == (2 if writes == 1 else 1)
     assert "cannot be written (No space left on device)" in one_sentence(errors)
     if (tmp_path / "run/config.toml").exists():
-        assert simulate(resume=tmp_path / "run")[0] == 0
+        assert simulate("--resume", str(tmp_path / "run"))[0] == 0
     else:
         assert simulate()[0] == 0
     resumed, straight = (load_adapter(tmp_path / name / "adapter").arrays for name in ("run", "straight"))
@@ -66,10 +66,13 @@ def test_disk_that_is_really_full_and_then_read_only(simulate, small_disk):
     assert code == 1
     assert "cannot be written (No space left on device)" in one_sentence(errors)
     subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
-    assert simulate(resume=small_disk / "run")[0] == 0
+    assert simulate("--resume", str(small_disk / "run"))[0] == 0
 
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    for code, _, errors in (simulate(resume=small_disk / "run"), simulate(output_dir=str(small_disk / "another"))):
+    for code, _, errors in (
+        simulate("--resume", str(small_disk / "run")),
+        simulate(output_dir=str(small_disk / "another")),
+    ):
         assert code in (1, 2)
         assert "cannot be written (Read-only file system)" in one_sentence(errors)
 

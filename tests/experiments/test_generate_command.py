@@ -105,8 +105,7 @@ def test_missing_adapter_and_prompt_are_refused(trained_run, tmp_path, capsys, m
 
 
 def test_question_that_never_fits_is_refused(trained_run, capsys, tmp_path):
-    (tmp_path / "long.txt").write_text("word " * 500, encoding="utf-8")
-    assert (
-        main(["generate", "--adapter", str(trained_run), *NEW, "Sum up.", "--context", str(tmp_path / "long.txt")]) == 2
-    )
+    path = tmp_path / "long.txt"
+    path.write_text("word " * 500, encoding="utf-8")
+    assert main(["generate", "--adapter", str(trained_run), *NEW, "Sum up.", "--context", str(path)]) == 2
     assert "is longer than" in capsys.readouterr().err

@@ -35,7 +35,7 @@ def test_private_run_says_its_epsilon_and_goes_on_counting_when_resumed(simulate
         patch.setattr(FedPrompt, "aggregate_train", interrupted)
         assert simulate(**values)[0] == 130
     assert RunFolder.open(tmp_path / "run").summary["rounds"] == 1
-    assert simulate(resume=tmp_path / "run")[0] == 0
+    assert simulate("--resume", str(tmp_path / "run"))[0] == 0
     assert RunFolder.open(tmp_path / "run").summary["privacy"] == straight
 
 
@@ -54,7 +54,7 @@ def test_private_round_whose_result_was_seen_before_the_cut_costs_its_clients_tw
         patch.setattr(federated_run, "evaluate_on_clients", cut_off_when_round_1_is_measured)
         assert simulate(**values)[0] == 130
     assert [RunFolder.open(tmp_path / "run").summary["privacy"][key] for key in SPENT] == [epsilon_of(1), 1]
-    assert simulate(resume=tmp_path / "run")[0] == 0
+    assert simulate("--resume", str(tmp_path / "run"))[0] == 0
     assert [RunFolder.open(tmp_path / "run").summary["privacy"][key] for key in SPENT] == [epsilon_of(2), 2]
 
 
@@ -63,9 +63,9 @@ def test_private_round_that_a_corrupt_checkpoint_takes_back_costs_its_clients_tw
     assert simulate(**values)[0] == 0
     newest = tmp_path / "run/checkpoints/round-000002.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    assert simulate(resume=tmp_path / "run")[0] == 0
+    assert simulate("--resume", str(tmp_path / "run"))[0] == 0
     assert [RunFolder.open(tmp_path / "run").summary["privacy"][key] for key in SPENT] == [epsilon_of(3), 3]
-    assert simulate(resume=tmp_path / "run")[0] == 0  # makes no round again
+    assert simulate("--resume", str(tmp_path / "run"))[0] == 0  # makes no round again
     assert RunFolder.open(tmp_path / "run").summary["privacy"]["most_participations"] == 3
 
 

@@ -5,10 +5,8 @@ import os
 import signal
 
 import pytest
-import tomli_w
 
 from clients import trainer
-from experiments import simulation
 from experiments.cli import main
 from experiments.run_folder import RunFolder
 from strategies.fedprompt import FedPrompt
@@ -17,20 +15,12 @@ pytestmark = pytest.mark.usefixtures("command_in_process")
 
 
 @pytest.fixture
-def command(run_config, tmp_path, capsys):
-    """``command("--flag", ..., key=value)``: exit code and stderr of a tiny run into ``tmp_path / "run"``."""
+def command(simulate):
+    """``command("--flag", ..., key=value)``: exit code and errors of `simulate`."""
 
-    def call(*arguments, app="experiments.dolly", configured=True, **changes):
-        tiny = []
-        if configured:
-            values = run_config({"output-dir": str(tmp_path / "run")}) | {
-                k.replace("_", "-"): v for k, v in changes.items()
-            }
-            (tmp_path / "values.toml").write_text(tomli_w.dumps(values), encoding="utf-8")
-            tiny = ["--run-config", str(tmp_path / "values.toml")]
-        every = ["--app", app, "--backend", "inline", *tiny, *arguments]
-        code = simulation.run(every)
-        return code, capsys.readouterr().err
+    def call(*arguments, **options):
+        code, _, errors = simulate(*arguments, **options)
+        return code, errors
 
     return call
 
@@ -126,12 +116,15 @@ def test_clients_with_rows_of_their_own_are_not_simulated(command):
 
 
 def test_resume_of_no_run_returns_2(command, tmp_path):
-    assert_refused(command("--resume", str(tmp_path / "nothing"), configured=False), "is not a run folder")
+    assert_refused(command("--resume", str(tmp_path / "nothing")), "is not a run folder")
 
 
 def test_resume_takes_no_run_config(command, tmp_path):
     assert command(num_server_rounds=1)[0] == 0
-    assert_refused(command("--resume", str(tmp_path / "run")), "--resume goes on with the run's own configuration")
+    assert_refused(
+        command("--resume", str(tmp_path / "run"), "--run-config", "seed=1"),
+        "--resume goes on with the run's own configuration",
+    )
 
 
 def test_run_on_a_pruned_and_quantised_backbone(command, tiny_model_folder, tmp_path, monkeypatch):
@@ -197,7 +190,7 @@ def test_signal_to_a_command_that_still_loads_the_model_does_not_mark_another_on
     run.write_summary({**run.summary, "status": "running"})
     monkeypatch.setattr(trainer.Trainer, "setting", lambda self: signal.raise_signal(signal.SIGINT))
     with run.claim():
-        assert command("--resume", str(tmp_path / "run"), configured=False)[0] == 130
+        assert command("--resume", str(tmp_path / "run"))[0] == 130
     assert run.summary["status"] == "running"
 
 
@@ -218,13 +211,13 @@ def test_run_still_going_in_the_output_folder_is_not_marked(command, tmp_path):
 def test_tilde_in_the_folder_to_go_on_with_is_the_home_folder(command, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert command(num_server_rounds=1)[0] == 0
-    assert command("--resume=~/run", configured=False) == (0, "")
+    assert command("--resume=~/run") == (0, "")
     assert RunFolder.open(tmp_path / "run").config["output-dir"] == str(tmp_path / "run")
 
 
 def test_resume_takes_no_number_of_clients(command, tmp_path):
     assert command(num_server_rounds=1)[0] == 0
-    outcome = command("--resume", str(tmp_path / "run"), "--num-supernodes", "7", configured=False)
+    outcome = command("--resume", str(tmp_path / "run"), "--num-supernodes", "7")
     assert_refused(outcome, "leave all other options away")
 
 
@@ -234,7 +227,7 @@ def test_run_that_another_process_writes_is_not_touched(command, tmp_path):
     run.write_summary({**run.summary, "status": "running"})
     before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
     with run.claim():
-        outcome = command("--resume", str(tmp_path / "run"), configured=False)
+        outcome = command("--resume", str(tmp_path / "run"))
         assert_refused(outcome, "is being written by another process")
         assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
-    assert command("--resume", str(tmp_path / "run"), configured=False)[0] == 0
+    assert command("--resume", str(tmp_path / "run"))[0] == 0

@@ -8,8 +8,6 @@ from mops_fl.errors import InputError
 from mops_fl.own_rows import keep_back, load_own_rows, load_server_rows
 from mops_fl.task_choice import present_tasks
 
-TASKS = DOLLY_TASKS
-
 
 def dolly_file(path, per_task):
     lines = [
@@ -54,36 +52,36 @@ def test_rows_held_out_are_fixed_by_the_seed():
 
 
 def test_server_takes_no_row_to_train_clients_on(tmp_path, data_config):
-    path = dolly_file(tmp_path / "server.jsonl", dict.fromkeys(TASKS, 40))
+    path = dolly_file(tmp_path / "server.jsonl", dict.fromkeys(DOLLY_TASKS, 40))
     config = data_config(data_path=path, num_rows=700, test_fraction=0.1, server_rows=140)
     data = load_server_rows(config, with_test=True)
     assert data.train == ()
-    assert counts(data.test) == dict.fromkeys(TASKS, 10)
-    assert counts(data.server) == dict.fromkeys(TASKS, 20)
+    assert counts(data.test) == dict.fromkeys(DOLLY_TASKS, 10)
+    assert counts(data.server) == dict.fromkeys(DOLLY_TASKS, 20)
     assert not {row.row_id for row in data.test} & {row.row_id for row in data.server}
     assert load_server_rows(config, with_test=False).test == ()
 
 
 def test_server_with_few_rows_uses_all_of_them(tmp_path, data_config):
-    path = dolly_file(tmp_path / "server.jsonl", {TASKS[0]: 6, TASKS[1]: 4})
+    path = dolly_file(tmp_path / "server.jsonl", {DOLLY_TASKS[0]: 6, DOLLY_TASKS[1]: 4})
     data = load_server_rows(data_config(data_path=path, num_rows=5000, server_rows=700), with_test=False)
-    assert counts(data.server) == {TASKS[0]: 6, TASKS[1]: 4}
+    assert counts(data.server) == {DOLLY_TASKS[0]: 6, DOLLY_TASKS[1]: 4}
     with pytest.raises(InputError, match="too few rows of 'open_qa' to measure on"):
         load_server_rows(data_config(data_path=path, num_rows=5000, server_rows=700), with_test=True)
 
 
 def test_own_rows_are_all_for_training_and_may_lack_tasks(tmp_path, data_config):
-    path = dolly_file(tmp_path / "own.jsonl", {TASKS[2]: 3, TASKS[5]: 1})
+    path = dolly_file(tmp_path / "own.jsonl", {DOLLY_TASKS[2]: 3, DOLLY_TASKS[5]: 1})
     data = load_own_rows(data_config(num_rows=2), path)
-    assert counts(data.train) == {TASKS[2]: 3, TASKS[5]: 1}
+    assert counts(data.train) == {DOLLY_TASKS[2]: 3, DOLLY_TASKS[5]: 1}
     assert (data.test, data.server, data.is_sample) == ((), (), False)
-    assert counts(load_own_rows(data_config(tasks=TASKS[5]), path).train) == {TASKS[5]: 1}
+    assert counts(load_own_rows(data_config(tasks=DOLLY_TASKS[5]), path).train) == {DOLLY_TASKS[5]: 1}
 
 
 def test_rows_of_held_out_tasks_train_nobody(tmp_path, data_config):
-    path = dolly_file(tmp_path / "rows.jsonl", dict.fromkeys(TASKS, 10))
+    path = dolly_file(tmp_path / "rows.jsonl", dict.fromkeys(DOLLY_TASKS, 10))
     config = data_config(data_path=path, held_out_tasks="open_qa", num_rows=70, test_fraction=0.5, server_rows=35)
-    assert set(counts(load_own_rows(config, path).train)) == set(TASKS) - {"open_qa"}
+    assert set(counts(load_own_rows(config, path).train)) == set(DOLLY_TASKS) - {"open_qa"}
     server = load_server_rows(config, with_test=True)
     assert "open_qa" not in counts(server.server)
     assert counts(server.test)["open_qa"] == 5
@@ -92,11 +90,11 @@ def test_rows_of_held_out_tasks_train_nobody(tmp_path, data_config):
 
 
 def test_task_is_held_out_even_where_there_are_no_rows_of_it(tmp_path, data_config):
-    path = dolly_file(tmp_path / "rows.jsonl", dict.fromkeys(TASKS, 10))
+    path = dolly_file(tmp_path / "rows.jsonl", dict.fromkeys(DOLLY_TASKS, 10))
     config = data_config(data_path=path, held_out_tasks="open_qa", num_rows=70, test_fraction=0.5, server_rows=0)
     data = load_server_rows(config, with_test=True)
     assert (data.server, data.held_out) == ((), ())
-    assert data.trained_tasks == tuple(task for task in TASKS if task != "open_qa")
+    assert data.trained_tasks == tuple(task for task in DOLLY_TASKS if task != "open_qa")
     lacking = dolly_file(tmp_path / "lacking.jsonl", {"closed_qa": 2})
     assert load_own_rows(config, lacking).trained_tasks == data.trained_tasks
 
