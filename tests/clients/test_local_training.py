@@ -1,12 +1,14 @@
 import copy
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message
 
+from clients import local_training
 from clients.local_training import ClientRows, Training, client_losses, draw_rows, train_cohort
 from mops_fl.adapter import initial_state
 from mops_fl.backbone import Backbone
@@ -151,6 +153,12 @@ def test_order_of_rows_is_fixed_by_the_seed_alone():
 
     assert order((0, 1, 2)) == order((0, 1, 2))
     assert len({tuple(order(seed)) for seed in ((0, 1, 2), (0, 1, 3), (0, 2, 2), (1, 1, 2))}) == 4
+
+
+def test_seconds_of_a_cohort_are_shared_among_its_clients(build, monkeypatch):
+    monkeypatch.setattr(local_training, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    results = train_cohort(*build("mops"), [client(number, 3) for number in range(4)], TRAIN)
+    assert [result.seconds for result in results] == [0.25] * 4
 
 
 @pytest.mark.parametrize("method", METHODS)
